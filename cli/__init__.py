@@ -1,0 +1,1 @@
+"""The command line of xdonnx, installed as the package `xdonnx_cli`."""

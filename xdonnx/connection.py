@@ -1,0 +1,228 @@
+"""Which network's input feeds which weights; with the moments that makes one quadratic per layer.
+
+A connection is a list of terms. Each mixes the two networks' inputs once for the teacher's weights and once for the
+student's, and asks the two outputs to agree. Dimensions: see `moments`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from xdonnx.errors import JobError
+from xdonnx.moments import Moments
+
+Mix = tuple[float, float]
+"""Shares of the teacher's and of the student's input."""
+
+NAMES = ("regression", "correction", "imitation", "cross", "soft")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A weighted sum of squared errors `weight * |W_t (a_T x_t + a_S x_s) - W (b_T x_t + b_S x_s)|^2`.
+
+    Parameters
+    ----------
+    name : str
+        As the user calls it.
+    terms : tuple of (weight, (a_T, a_S), (b_T, b_S))
+        The weight of a term, the mix that the teacher's weights see, the mix that the student's see. A mix sums to
+        one, or a bias would be counted wrongly.
+
+    Notes
+    -----
+    Errors are those of the linear outputs, before any activation, as in the published code; the text of [1]_ puts
+    the activation inside, which has no closed form.
+
+    References
+    ----------
+    .. [1] Bai et al., "Few Shot Network Compression via Cross Distillation", AAAI 2020. arXiv:1911.09450
+    """
+
+    name: str
+    terms: tuple[tuple[float, Mix, Mix], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """`q(W) = <W H, W> - 2 <C, W> + c`, summed over groups.
+
+    Parameters
+    ----------
+    hess : Tensor (g, d, d)
+        H, symmetric and positive semi-definite.
+    lin : Tensor (g, o, d)
+        C.
+    const : Tensor (g,)
+        c; makes q an error, in squared activation per output position, summed over outputs.
+    """
+
+    hess: Tensor
+    lin: Tensor
+    const: Tensor
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """The error of the weights `w` (g, o, d): a scalar."""
+        return ((w @ self.hess - 2 * self.lin) * w).sum() + self.const.sum()
+
+    def grad(self, w: Tensor) -> Tensor:
+        """The slope of the error at `w`, (g, o, d)."""
+        return 2 * (w @ self.hess - self.lin)
+
+
+def regression() -> Connection:
+    """Each network reads its own input; the student makes up for all upstream error ("Ours-NC" of the paper)."""
+    return Connection("regression", ((1.0, (1.0, 0.0), (0.0, 1.0)),))
+
+
+def correction() -> Connection:
+    """Both read the teacher's input."""
+    return Connection("correction", ((1.0, (1.0, 0.0), (1.0, 0.0)),))
+
+
+def imitation() -> Connection:
+    """Both read the student's input."""
+    return Connection("imitation", ((1.0, (0.0, 1.0), (0.0, 1.0)),))
+
+
+def cross(mu: float) -> Connection:
+    """`mu` times correction plus `1 - mu` times imitation ("Ours" of the paper)."""
+    _check("mu", mu)
+    return Connection("cross", ((mu, (1.0, 0.0), (1.0, 0.0)), (1.0 - mu, (0.0, 1.0), (0.0, 1.0))))
+
+
+def soft(alpha: float, beta: float) -> Connection:
+    """The inputs themselves are mixed ("Ours-S" of the paper).
+
+    The teacher's weights read `alpha x_t + (1 - alpha) x_s`, the student's `(1 - beta) x_t + beta x_s`. So `beta` sets
+    what the student reads and `alpha + beta - 1` the share of upstream error that it makes up for.
+    """
+    _check("alpha", alpha)
+    _check("beta", beta)
+    return Connection("soft", ((1.0, (alpha, 1.0 - alpha), (1.0 - beta, beta)),))
+
+
+def named(name: str, *, mu: float, alpha: float, beta: float) -> Connection:
+    """The connection that a job calls `name`.
+
+    Parameters
+    ----------
+    name : {'regression', 'correction', 'imitation', 'cross', 'soft'}
+    mu
+        For 'cross': the share of correction, 0 to 1.
+    alpha, beta
+        For 'soft': how much of its own input each network sees, 0 to 1.
+
+    Raises
+    ------
+    JobError
+        If there is no such connection, or a share lies outside 0 to 1.
+    """
+    if name == "cross":
+        return cross(mu)
+    if name == "soft":
+        return soft(alpha, beta)
+    plain = {"regression": regression, "correction": correction, "imitation": imitation}
+    if name in plain:
+        return plain[name]()
+    near = get_close_matches(name, NAMES, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise JobError(f"unknown connection {name!r}.{hint}\n  Connections: {', '.join(NAMES)}.")
+
+
+def objective(connection: Connection, moments: Moments, teacher_matrix: Tensor) -> Quadratic:
+    """The layer's reconstruction error as a quadratic in the student's weights.
+
+    Nothing here depends on the number of shots: the moments already hold all of them.
+
+    Parameters
+    ----------
+    connection
+        Which input feeds which network.
+    moments : (g, d, d) each
+        Of the unrolled inputs.
+    teacher_matrix : (g, o, d)
+        Weights that the student imitates.
+
+    Returns
+    -------
+    Quadratic
+        In squared activation per output position, summed over outputs; float64.
+    """
+    teacher = teacher_matrix.to(moments.tt)
+    pieces = [
+        (weight, _mixed(moments, own, own), _mixed(moments, other, own), _mixed(moments, other, other))
+        for weight, other, own in connection.terms
+        if weight
+    ]
+    hess = _total([weight * own for weight, own, _, _ in pieces])
+    between = _total([weight * mixed for weight, _, mixed, _ in pieces])
+    target = _total([weight * other for weight, _, _, other in pieces])
+    const = ((teacher @ target) * teacher).sum((1, 2))
+    return Quadratic((hess + hess.mT) / 2, teacher @ between, const)
+
+
+def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool) -> Quadratic:
+    """Add a pull toward known weights, `lambda * |W - toward|^2`, that makes the minimum unique.
+
+    Parameters
+    ----------
+    toward : (g, o, d)
+        Normally the teacher's weights.
+    ridge
+        lambda as a fraction of the mean diagonal of H, group by group, bias apart; 0 changes nothing.
+    bias
+        Whether the last column is the bias. It is practically not pulled (a millionth of lambda): its input is exactly
+        one, so a few shots determine it well, and it has to move when the removed inputs had a mean.
+
+    Returns
+    -------
+    Quadratic
+        Positive definite for any ridge above 0, dead inputs and missing shots notwithstanding.
+
+    Raises
+    ------
+    JobError
+        If `ridge` is negative or not finite.
+    """
+    if not 0 <= ridge < float("inf"):
+        raise JobError(
+            f"ridge is {ridge}.\n  It is a fraction of the mean curvature: 0 or more, such as 0.01."
+        )
+    if ridge == 0:
+        return q
+    toward = toward.to(q.hess)
+    diagonal = q.hess.diagonal(dim1=1, dim2=2)
+    inputs = diagonal[:, :-1] if bias else diagonal
+    mean = inputs.mean(1, keepdim=True) if inputs.shape[1] else torch.ones_like(diagonal[:, :1])
+    # A group that no shot ever excites says nothing: any positive pull returns `toward`.
+    mean = torch.where(mean > 0, mean, 1.0)
+    pull = (ridge * mean).expand_as(diagonal).clone()
+    if bias:
+        pull[:, -1] *= 1e-6
+    pulled = toward * pull[:, None]
+    return Quadratic(q.hess + torch.diag_embed(pull), q.lin + pulled, q.const + (pulled * toward).sum((1, 2)))
+
+
+def _mixed(moments: Moments, left: Mix, right: Mix) -> Tensor:
+    """Mean of `(left mix of inputs) (right mix of inputs)'`, (g, d, d)."""
+    parts = (
+        (left[0] * right[0], moments.tt),
+        (left[0] * right[1], moments.ts),
+        (left[1] * right[0], moments.ts.mT),
+        (left[1] * right[1], moments.ss),
+    )
+    return _total([share * part for share, part in parts if share])
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _check(option: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise JobError(f"{option} is {value}.\n  It is a share: between 0 and 1.")

@@ -1,0 +1,36 @@
+"""What a running job tells whoever watches it; the command line draws these, the library ignores them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened.
+
+    Parameters
+    ----------
+    stage : str
+        What the job is busy with: 'read', 'shots', 'parity', 'fit', 'cut', 'verify', 'latency'.
+    text : str
+        One line for a person; may be empty on a pure progress tick.
+    done, total : int
+        Progress within the stage; `total` 0 means unknown.
+    level : {'info', 'warning'}
+        Warnings also end in the report.
+    """
+
+    stage: str
+    text: str = ""
+    done: int = 0
+    total: int = 0
+    level: str = "info"
+
+
+Log = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Drop the event: the default log of the library."""

@@ -1,0 +1,249 @@
+"""How far a figure measured on few samples can be from the truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured value and the two-sided confidence interval around it.
+
+    Parameters
+    ----------
+    value, low, high : float
+        All in one unit: points (percent of the samples) for drops and shares, none for relative errors.
+    confidence : float
+        Coverage that the interval aims at, in (0, 1).
+    method : {'tango', 'newcombe', 'wilson', 'bootstrap'}
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    method: str
+
+
+def paired_drop(teacher_right: ArrayLike, student_right: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Return by how many points the student's accuracy lies below the teacher's, with Tango's interval.
+
+    Parameters
+    ----------
+    teacher_right, student_right : array-like of bool, shape (n,)
+        Whether each network classified the sample correctly; the same samples in the same order.
+    confidence : float, default=0.95
+
+    Returns
+    -------
+    Interval
+        In points; negative where the student is the better one.
+    """
+    teacher, student = np.asarray(teacher_right, bool), np.asarray(student_right, bool)
+    assert teacher.shape == student.shape and teacher.ndim == 1
+    lost, gained = int(np.sum(teacher & ~student)), int(np.sum(~teacher & student))
+    return tango(lost, gained, len(teacher), confidence)
+
+
+def tango(lost: int, gained: int, samples: int, confidence: float = 0.95) -> Interval:
+    """Return Tango's score interval for the difference of two proportions measured on the same samples.
+
+    The interval holds every difference that the score test does not reject. It needs no continuity correction
+    and stays sensible where one or both counts are zero, as is usual with a good student and few samples.
+
+    Parameters
+    ----------
+    lost, gained : int
+        Samples that only the teacher, and that only the student, has right.
+    samples : int
+        All samples, those where both agree included.
+    confidence : float, default=0.95
+
+    Returns
+    -------
+    Interval
+        Of 100 (lost - gained) / samples, in points.
+
+    References
+    ----------
+    .. [1] T. Tango, "Equivalence test and confidence interval for the difference in proportions for the
+       paired-sample design", Statistics in Medicine 17:891-908, 1998.
+    """
+    assert samples > 0 and lost >= 0 and gained >= 0 and lost + gained <= samples
+    z = _quantile(confidence)
+    value = (lost - gained) / samples
+
+    def excess(difference: float, sign: int) -> float:
+        """Score of `difference`, multiplied out so that a variance of zero does no harm."""
+        spread = math.sqrt(max(0.0, samples * _variance(lost, gained, samples, difference)))
+        return lost - gained - samples * difference - sign * z * spread
+
+    low = _crossing(lambda d: excess(d, 1), -1.0, value)
+    high = _crossing(lambda d: excess(d, -1), value, 1.0)
+    return Interval(100 * value, 100 * low, 100 * high, confidence, "tango")
+
+
+def newcombe(both: int, lost: int, gained: int, neither: int, confidence: float = 0.95) -> Interval:
+    """Return Newcombe's hybrid score interval for the same difference: a closed formula, to check Tango's by.
+
+    Two Wilson intervals are joined, with the correlation of the two networks' answers taken into account.
+
+    Parameters
+    ----------
+    both, lost, gained, neither : int
+        Samples that both, only the teacher, only the student, and neither have right.
+    confidence : float, default=0.95
+
+    Returns
+    -------
+    Interval
+        In points.
+
+    References
+    ----------
+    .. [1] R. G. Newcombe, "Improved confidence intervals for the difference between binomial proportions
+       based on paired data", Statistics in Medicine 17:2635-2650, 1998; method 10.
+    """
+    samples = both + lost + gained + neither
+    first, second = wilson(both + lost, samples, confidence), wilson(both + gained, samples, confidence)
+    cross: float = both * neither - lost * gained
+    if cross > 0:  # the correction of [1]_, against too large a correlation
+        cross = max(cross - samples / 2, 0)
+    margins = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
+    phi = cross / math.sqrt(margins) if margins else 0.0
+
+    def reach(ours: float, theirs: float) -> float:
+        return math.sqrt(max(0.0, ours**2 - 2 * phi * ours * theirs + theirs**2))
+
+    value = first.value - second.value
+    low = value - reach(first.value - first.low, second.high - second.value)
+    high = value + reach(first.high - first.value, second.value - second.low)
+    return Interval(value, low, high, confidence, "newcombe")
+
+
+def wilson(hits: int, samples: int, confidence: float = 0.95) -> Interval:
+    """Return Wilson's score interval for one share, such as top-1 agreement.
+
+    Parameters
+    ----------
+    hits, samples : int
+    confidence : float, default=0.95
+
+    Returns
+    -------
+    Interval
+        Of 100 hits / samples, in points.
+
+    References
+    ----------
+    .. [1] E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal of
+       the American Statistical Association 22:209-212, 1927.
+    """
+    assert samples > 0 and 0 <= hits <= samples
+    z, share = _quantile(confidence), hits / samples
+    scale = 1 + z**2 / samples
+    middle = (share + z**2 / (2 * samples)) / scale
+    half = z * math.sqrt(share * (1 - share) / samples + z**2 / (4 * samples**2)) / scale
+    # The ends meet 0 and 1 exactly at no and all hits; floating point may miss them by 1e-17.
+    low = 0.0 if hits == 0 else max(0.0, middle - half)
+    high = 1.0 if hits == samples else min(1.0, middle + half)
+    return Interval(100 * share, 100 * low, 100 * high, confidence, "wilson")
+
+
+def relative_error(
+    errors: ArrayLike,
+    sizes: ArrayLike,
+    confidence: float = 0.95,
+    *,
+    generator: np.random.Generator,
+    draws: int = 1000,
+) -> Interval:
+    """Return the relative L2 error over all samples with a percentile bootstrap interval.
+
+    Parameters
+    ----------
+    errors, sizes : array-like of float, shape (n,)
+        For each sample the squared norm of student - teacher, and of the teacher.
+    confidence : float, default=0.95
+    generator : numpy.random.Generator
+        Draws the resamples; the same seed gives the same interval.
+    draws : int, default=1000
+        Resamples, each of n samples with replacement.
+
+    Returns
+    -------
+    Interval
+        Of sqrt(sum(errors) / sum(sizes)), without unit.
+
+    Notes ----- Resamples whose teacher is zero throughout say nothing about a ratio and are left out. With
+    very few samples the percentile bootstrap is too narrow, of width zero for one: it never sees an error
+    worse than the worst.
+
+    References
+    ----------
+    .. [1] B. Efron and R. J. Tibshirani, "An Introduction to the Bootstrap", chapter 13, 1993.
+    """
+    error, size = np.asarray(errors, np.float64), np.asarray(sizes, np.float64)
+    assert error.shape == size.shape and error.ndim == 1 and size.sum() > 0
+    found = []
+    for _ in range(draws):
+        rows = generator.integers(0, len(error), len(error))
+        total = size[rows].sum()
+        if total > 0:
+            found.append(math.sqrt(error[rows].sum() / total))
+    value = math.sqrt(error.sum() / size.sum())
+    low, high = np.quantile(found or [value], [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value, float(low), float(high), confidence, "bootstrap")
+
+
+def smallest_drop(samples: int, confidence: float = 0.95) -> float | None:
+    """Return the smallest drop, in points, that this many samples can tell from none at all.
+
+    That is the fewest samples that only the teacher has right, with none that only the student has, for which
+    Tango's interval excludes zero: lost > z**2, hence 4 samples at 95 %.
+
+    Parameters
+    ----------
+    samples : int
+    confidence : float, default=0.95
+
+    Returns
+    -------
+    float or None
+        None where even losing every sample would prove nothing.
+    """
+    fewest = math.floor(_quantile(confidence) ** 2) + 1
+    return 100 * fewest / samples if fewest <= samples else None
+
+
+def _variance(lost: int, gained: int, samples: int, difference: float) -> float:
+    """Variance of one sample's share in the score, at the likeliest probability of `gained`."""
+    linear = -lost - gained + (2 * samples - lost + gained) * difference
+    constant = -gained * difference * (1 - difference)
+    root = math.sqrt(max(0.0, linear**2 - 8 * samples * constant))
+    # The likeliest q solves 2 n q^2 + linear q + constant = 0. Of the root's two forms take the one that does
+    # not subtract nearly equal numbers.
+    q = -2 * constant / (linear + root) if linear > 0 else (root - linear) / (4 * samples)
+    return 2 * q + difference * (1 - difference)
+
+
+def _crossing(function: Callable[[float], float], low: float, high: float) -> float:
+    """Bisect for the zero of a falling function; an end of the range where it has no zero inside."""
+    for _ in range(80):
+        middle = (low + high) / 2
+        if function(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _quantile(confidence: float) -> float:
+    assert 0 < confidence < 1
+    return NormalDist().inv_cdf((1 + confidence) / 2)

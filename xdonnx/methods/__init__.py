@@ -1,0 +1,1 @@
+"""One file for each published method; the table in `xdonnx.job` names them."""

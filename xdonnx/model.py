@@ -1,0 +1,257 @@
+"""ONNX files in and out: every check on reading, the interface that users rely on, no half-written files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import numpy_helper
+
+from xdonnx.errors import JobError, MachineError, ModelError
+
+Dim = int | str | None
+
+# Above this a protobuf message cannot be serialized, so weights must live beside the file.
+PROTOBUF_LIMIT = 2 * 1024**3 - 64 * 1024
+
+
+@dataclass(frozen=True)
+class Port:
+    """A graph input or output; a dimension is a name where its size is free, None where nothing is said."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...] | None
+
+    def __str__(self) -> str:
+        sizes = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
+        return f"{self.name} {self.dtype} [{sizes}]"
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What callers of a model rely on and no compression may change."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    opset: Mapping[str, int]
+    metadata: Mapping[str, str]
+    doc: str
+
+
+def read_proto(path: str | Path) -> onnx.ModelProto:
+    """Read and check an ONNX file; external data is loaded, sparse initializers are made dense.
+
+    Parameters
+    ----------
+    path : path-like
+        The `.onnx` file.
+
+    Returns
+    -------
+    onnx.ModelProto
+
+    Raises
+    ------
+    ModelError
+        The file is missing, not ONNX, truncated, invalid, or its external data is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"no model at '{path}'.\n  Check the path; MODEL is one .onnx file.")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ModelError(
+            f"'{path}' is not an ONNX file, or it is cut short ({path.stat().st_size} bytes).\n"
+            "  Export or download it again."
+        ) from error
+    if not proto.graph.node:
+        raise ModelError(f"'{path}' holds no ONNX graph with nodes.\n  Is it the right file?")
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and not (path.parent / entry.value).is_file():
+                raise ModelError(
+                    f"'{path}' keeps weights in '{entry.value}', which is not beside it.\n"
+                    f"  Copy '{entry.value}' into '{path.parent}'."
+                )
+    try:
+        onnx.checker.check_model(str(path), full_check=False)
+        onnx.load_external_data_for_model(proto, str(path.parent))
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"'{path}' is not a valid ONNX model.\n  {_first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"external data of '{path}' cannot be read: {error}.\n"
+            "  Copy the whole of it beside the file again."
+        ) from error
+    _densify(proto)
+    return proto
+
+
+def read_model(path: str | Path) -> ir.Model:
+    """Read and check an ONNX file as an editable graph; raises as :func:`read_proto` does."""
+    return ir.from_proto(read_proto(path))
+
+
+def interface(model: onnx.ModelProto | ir.Model) -> Interface:
+    """Return what callers rely on: ports, opset, metadata, doc string."""
+    proto = model if isinstance(model, onnx.ModelProto) else ir.to_proto(model)
+    graph = proto.graph
+    # Before IR version 4 initializers had to be listed among the inputs; those are not the caller's to feed.
+    held = {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+    return Interface(
+        inputs=tuple(_port(v) for v in graph.input if v.name not in held),
+        outputs=tuple(_port(v) for v in graph.output),
+        opset={entry.domain: entry.version for entry in proto.opset_import},
+        metadata={entry.key: entry.value for entry in proto.metadata_props},
+        doc=proto.doc_string,
+    )
+
+
+def differences(teacher: Interface, student: Interface) -> list[str]:
+    """Say, a line each, where the student's interface differs; metadata keys `xdonnx.*` are ours to add."""
+    found = []
+    for side, ours, theirs in (
+        ("input", teacher.inputs, student.inputs),
+        ("output", teacher.outputs, student.outputs),
+    ):
+        if len(ours) != len(theirs):
+            found.append(f"{len(theirs)} {side}s, the teacher has {len(ours)}")
+        found += [
+            f"{side} '{b}', the teacher has '{a}'" for a, b in zip(ours, theirs, strict=False) if a != b
+        ]
+    if dict(teacher.opset) != dict(student.opset):
+        found.append(f"opset {dict(student.opset)}, the teacher has {dict(teacher.opset)}")
+    for key, value in teacher.metadata.items():
+        if not key.startswith("xdonnx.") and student.metadata.get(key) != value:
+            found.append(f"metadata '{key}' is {student.metadata.get(key)!r}, the teacher has {value!r}")
+    extra = [k for k in student.metadata if k not in teacher.metadata and not k.startswith("xdonnx.")]
+    found += [f"metadata '{key}' is not the teacher's" for key in extra]
+    if teacher.doc != student.doc:
+        found.append("the doc string differs")
+    return found
+
+
+def write_proto(proto: onnx.ModelProto, path: str | Path, *, external: str = "auto") -> None:
+    """Write the model so that `path` either holds all of it or is untouched.
+
+    Parameters
+    ----------
+    proto : onnx.ModelProto
+        Not changed.
+    path : path-like
+        Written beside itself first, then renamed.
+    external : {'auto', 'always', 'never'}
+        Whether weights go to `<name>.data` beside the file; 'auto': when it would pass protobuf's 2 GiB.
+
+    Raises
+    ------
+    MachineError
+        The disk is full or the folder cannot be written.
+    JobError
+        The weights were to stay inside, but the file would pass the limit.
+    """
+    path = Path(path)
+    too_large = _too_large(proto)
+    if external == "never" and too_large:
+        raise JobError(
+            f"'{path}' would pass protobuf's limit of 2 GiB.\n"
+            "  Let the weights lie beside it: --external-data auto."
+        )
+    outside = external == "always" or (external == "auto" and too_large)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            draft = Path(folder) / path.name
+            if outside:
+                copy = onnx.ModelProto()
+                copy.CopyFrom(proto)
+                onnx.save(
+                    copy,
+                    draft,
+                    save_as_external_data=True,
+                    location=f"{path.name}.data",
+                    size_threshold=1024,
+                )
+                data = draft.with_name(f"{path.name}.data")
+                if data.exists():
+                    # onnx makes this file readable by its owner alone, unlike the model.
+                    data.chmod(draft.stat().st_mode)
+                    os.replace(data, path.with_name(data.name))
+            else:
+                onnx.save(proto, draft)
+            os.replace(draft, path)
+    except OSError as error:
+        raise MachineError(
+            f"cannot write '{path}': {error}.\n  Free space or choose another folder."
+        ) from error
+
+
+def fingerprint(path: str | Path) -> str:
+    """Return the file's SHA-256 in hex."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_bytes(path: str | Path) -> int:
+    """Return the bytes that shipping the model costs: the file and its external data."""
+    path = Path(path)
+    proto = onnx.load(path, load_external_data=False)
+    beside: set[str] = {
+        e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"
+    }
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
+
+
+def _port(value: onnx.ValueInfoProto) -> Port:
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type"):
+        return Port(value.name, value.type.WhichOneof("value") or "unknown", None)
+    dtype = (
+        np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
+        if tensor.elem_type
+        else "unknown"
+    )
+    if not tensor.HasField("shape"):
+        return Port(value.name, dtype, None)
+    sizes: list[Dim] = []
+    for dim in tensor.shape.dim:
+        if dim.HasField("dim_value"):
+            # Some exporters write a free batch as 0 or -1.
+            sizes.append(dim.dim_value if dim.dim_value > 0 else None)
+        else:
+            sizes.append(dim.dim_param or None)
+    return Port(value.name, dtype, tuple(sizes))
+
+
+def _densify(proto: onnx.ModelProto) -> None:
+    """Replace sparse initializers by dense ones: onnx-ir would drop them without a word."""
+    for sparse in proto.graph.sparse_initializer:
+        values = numpy_helper.to_array(sparse.values)
+        where = numpy_helper.to_array(sparse.indices)
+        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        if where.ndim == 1:
+            dense.reshape(-1)[where] = values
+        else:
+            dense[tuple(where.T)] = values
+        proto.graph.initializer.append(numpy_helper.from_array(dense, sparse.values.name))
+    del proto.graph.sparse_initializer[:]
+
+
+def _too_large(proto: onnx.ModelProto) -> bool:
+    try:
+        return bool(proto.ByteSize() > PROTOBUF_LIMIT)
+    except EncodeError:  # past the limit even the size cannot be asked for
+        return True
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

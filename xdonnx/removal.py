@@ -1,0 +1,225 @@
+"""Which channels to lose: exact group optimal brain surgeon, for one reader of the channels or for many.
+
+For one layer with error `q(W) = <W H, W> - 2 <C, W> + c` and best weights `W = C P`, `P = inv(H)` on the columns that
+are left, losing the columns J of a channel costs exactly `tr(W_J inv(P_JJ) W_J')` when all the others adapt. So the
+cheapest channel leaves, `P` and `W` are downdated, and so on; then exchanges of a lost channel for a kept one go on as
+long as they lower the error. Several layers that read the same channels add their costs. Dimensions: see `moments`.
+
+References
+----------
+Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992, for one weight; the
+block form is the same algebra. Exchanges follow the idea of local search in OSSCAR (ICML 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SHRINK = 8
+"""One in so many channels may leave before the matrices are cut down and inverted afresh."""
+
+WORTH = 1e-9
+"""An exchange must save that share of the readers' energy: below it, rounding decides."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """One layer that reads the channels.
+
+    Parameters
+    ----------
+    hess : Tensor (g, d, d)
+        H, positive definite, float64.
+    lin : Tensor (g, o, d)
+        C.
+    table : LongTensor (units, widest)
+        Columns of every channel, filled up with -1.
+    share : float
+        What one unit of this layer's error weighs in the sum over readers.
+    """
+
+    hess: Tensor
+    lin: Tensor
+    table: Tensor
+    share: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A reader on the columns that are left: `spots` is its table in terms of `columns`, -1 where a channel is gone."""
+
+    reader: Reader
+    columns: Tensor
+    spots: Tensor
+    inverse: Tensor
+    weight: Tensor
+
+
+def choose(readers: Sequence[Reader], keep: int, swaps: int) -> tuple[Tensor, int]:
+    """The channels to keep so that the readers' error rises least.
+
+    Parameters
+    ----------
+    readers
+        Their tables have the same number of rows.
+    keep
+        Channels that stay, at least one.
+    swaps
+        Exchanges to try at most after the greedy removal.
+
+    Returns
+    -------
+    kept : BoolTensor (units,)
+    steps : int
+        Removals and exchanges made.
+    """
+    units = readers[0].table.shape[0]
+    kept = torch.ones(units, dtype=torch.bool, device=readers[0].hess.device)
+    left, steps = units, 0
+    while left > keep:
+        leaving = min(left - keep, -(-left // SHRINK))
+        kept = _remove(readers, kept, leaving)
+        left -= leaving
+        steps += leaving
+    for _ in range(swaps):
+        pair = _best_exchange(readers, kept)
+        if pair is None:
+            break
+        kept[pair[0]], kept[pair[1]] = True, False
+        steps += 1
+    return kept, steps
+
+
+def _remove(readers: Sequence[Reader], kept: Tensor, leaving: int) -> Tensor:
+    """Let the cheapest channels go one by one, downdating in between."""
+    views = [_view(reader, kept) for reader in readers]
+    kept = kept.clone()
+    for at in range(leaving):
+        cost = sum((_costs(view, *_blocks(view)) for view in views), start=torch.zeros(()))
+        unit = int(torch.where(kept, cost, torch.inf).argmin())
+        kept[unit] = False
+        if at < leaving - 1:
+            views = [_without(view, unit) for view in views]
+    return kept
+
+
+def _best_exchange(readers: Sequence[Reader], kept: Tensor) -> tuple[int, int] | None:
+    """The lost and the kept channel whose exchange lowers the error most, or None if none does."""
+    lost = (~kept).nonzero()[:, 0]
+    if not len(lost):
+        return None
+    views = [_view(reader, kept) for reader in readers]
+    returns = [_Returns(view, lost) for view in views]
+    gain = torch.stack([back.gain for back in returns]).sum(0)
+    best, pair = -WORTH, None
+    for at in torch.argsort(gain, descending=True, stable=True).tolist():
+        # Whoever leaves in turn costs something, so the gain bounds what an exchange can save.
+        if -float(gain[at]) >= best:
+            break
+        cost = torch.stack([back.costs_after(at) for back in returns]).sum(0)
+        cost = torch.where(kept, cost, torch.inf)
+        leaver = int(cost.argmin())
+        net = float(cost[leaver] - gain[at])
+        if net < best:
+            best, pair = net, (int(lost[at]), leaver)
+    return pair
+
+
+class _Returns:
+    """What a reader's error would be if one of the lost channels came back."""
+
+    def __init__(self, view: _View, lost: Tensor) -> None:
+        reader = view.reader
+        table = reader.table.to(lost.device)[lost]
+        self.view = view
+        self.real = table >= 0
+        table = table.clamp(min=0)
+        units, width = table.shape
+        flat = table.reshape(-1)
+        shape = (reader.hess.shape[0], -1, units, width)
+        across = reader.hess[:, view.columns][:, :, flat]
+        self.reach = (view.inverse @ across).reshape(shape).movedim(2, 1) * self.real[:, None]
+        across = across.reshape(shape).movedim(2, 1)
+        own = reader.hess[:, table[:, :, None], table[:, None, :]] - across.mT @ self.reach
+        self.schur = _factor(own, self.real)
+        rest = (reader.lin[:, :, flat] - view.weight @ across.movedim(1, 2).flatten(2)).reshape(shape)
+        self.rest = rest.movedim(1, 3) * self.real[:, :, None]
+        self.gain = _energy(self.schur, self.rest) * reader.share
+        self.blocks, self.parts = _blocks(view)
+
+    def costs_after(self, at: int) -> Tensor:
+        """Cost of losing each kept channel once the `at`-th lost one is back, (units,)."""
+        view = self.view
+        half = torch.linalg.solve_triangular(self.schur[:, at], self.reach[:, at].mT, upper=False)
+        fresh = torch.cholesky_solve(self.rest[:, at], self.schur[:, at])
+        weight = view.weight - (self.reach[:, at] @ fresh).mT
+        real = (view.spots >= 0)[:, :, None]
+        part = half.mT[:, view.spots.clamp(min=0)] * real
+        changed = replace(view, weight=weight)
+        return _costs(changed, self.blocks + part @ part.mT, _parts(changed))
+
+
+def _view(reader: Reader, kept: Tensor) -> _View:
+    """Invert afresh on the channels that are left."""
+    table = reader.table.to(kept.device)
+    gone = table[~kept]
+    stays = torch.ones(reader.hess.shape[1] + 1, dtype=torch.bool, device=kept.device)
+    stays[gone.reshape(-1)] = False  # -1 hits the spare place at the end
+    stays = stays[:-1]
+    columns = stays.nonzero()[:, 0]
+    place = torch.cat([torch.where(stays, stays.cumsum(0) - 1, -1), columns.new_full((1,), -1)])
+    factor = torch.linalg.cholesky(reader.hess[:, columns][:, :, columns])
+    inverse = torch.cholesky_inverse(factor)
+    weight = torch.cholesky_solve(reader.lin[:, :, columns].mT, factor).mT.contiguous()
+    return _View(reader, columns, place[table], inverse, weight)
+
+
+def _without(view: _View, unit: int) -> _View:
+    """Downdate in place after a channel has left; its columns stay behind as zeros."""
+    spots = view.spots[unit]
+    spots = spots[spots >= 0]
+    if not len(spots):
+        return view
+    band = view.inverse[:, spots]
+    factor = torch.linalg.cholesky(band[:, :, spots])
+    half = torch.linalg.solve_triangular(factor, band, upper=False)
+    step = torch.linalg.solve_triangular(factor, view.weight[:, :, spots].mT, upper=False)
+    view.inverse.baddbmm_(half.mT, half, alpha=-1)
+    view.weight.baddbmm_(step.mT, half, alpha=-1)
+    view.spots[unit] = -1
+    return view
+
+
+def _blocks(view: _View) -> tuple[Tensor, Tensor]:
+    """Per channel the diagonal block of the inverse, (g, units, widest, widest), and its weights."""
+    spots = view.spots.clamp(min=0)
+    return view.inverse[:, spots[:, :, None], spots[:, None, :]], _parts(view)
+
+
+def _parts(view: _View) -> Tensor:
+    """Per channel its weights, (g, units, widest, o)."""
+    real = (view.spots >= 0)[:, :, None]
+    return view.weight.mT[:, view.spots.clamp(min=0)] * real
+
+
+def _costs(view: _View, blocks: Tensor, parts: Tensor) -> Tensor:
+    """What losing each channel would add to the reader's error, (units,)."""
+    return _energy(_factor(blocks, view.spots >= 0), parts) * view.reader.share
+
+
+def _factor(blocks: Tensor, real: Tensor) -> Tensor:
+    """Cholesky factors of (g, units, widest, widest) blocks, with the identity where a channel has no column."""
+    both = real[:, :, None] & real[:, None, :]
+    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    factor: Tensor = torch.linalg.cholesky(torch.where(both, blocks, eye))
+    return factor
+
+
+def _energy(factor: Tensor, parts: Tensor) -> Tensor:
+    """`tr(parts' inv(block) parts)` summed over groups, (units,)."""
+    whitened: Tensor = torch.linalg.solve_triangular(factor, parts, upper=False)
+    return whitened.square().sum((0, 2, 3))
