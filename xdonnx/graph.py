@@ -143,9 +143,7 @@ def read_net(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]] | None =
     )
 
 
-def infer_shapes(
-    proto: onnx.ModelProto, concrete: Mapping[str, Sequence[int]]
-) -> dict[str, tuple[int, ...]]:
+def infer_shapes(proto: onnx.ModelProto, concrete: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every value that shape inference finds when the inputs have these shapes.
 
     Raises
@@ -194,8 +192,7 @@ def _measured_shapes(
     noise = np.random.default_rng(0)
     try:
         feeds = {
-            port.name: noise.standard_normal(tuple(concrete[port.name])).astype(port.dtype)
-            for port in ports.inputs
+            port.name: noise.standard_normal(tuple(concrete[port.name])).astype(port.dtype) for port in ports.inputs
         }
         found = answer(open_session(copy, optimize=False), feeds, missing)
     except (ModelError, TypeError):

@@ -188,9 +188,7 @@ def product(labels: Labels, node: ir.Node) -> Layer | None:
     out_ids = labels.fresh(weight.shape[0 if stored_outputs_first else 1])
     labels.slot(node, _input(node, 1), 1 if stored_outputs_first else 0, ids, role="read")
     labels.slot(node, _input(node, 1), 0 if stored_outputs_first else 1, out_ids)
-    plain = all(
-        name not in node.attributes or node.attributes[name].as_float() == 1.0 for name in ("alpha", "beta")
-    )
+    plain = all(name not in node.attributes or node.attributes[name].as_float() == 1.0 for name in ("alpha", "beta"))
     bias = _bias(labels, node, 2, out_ids) if gemm else None
     labels.follow(node.outputs[0], Track(axis, out_ids))
     if not plain or (gemm and len(node.inputs) > 2 and node.inputs[2] is not None and bias is None):
@@ -258,9 +256,7 @@ def _bias(labels: Labels, node: ir.Node, at: int, out_ids: Ids) -> str | None:
 Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-def _window(
-    node: ir.Node, shape: tuple[int, ...], made: tuple[int, ...], kernel: tuple[int, ...]
-) -> Window:
+def _window(node: ir.Node, shape: tuple[int, ...], made: tuple[int, ...], kernel: tuple[int, ...]) -> Window:
     strides = tuple(list_attribute(node, "strides") or [1] * len(kernel))
     dilations = tuple(list_attribute(node, "dilations") or [1] * len(kernel))
     mode = text_attribute(node, "auto_pad", "NOTSET")

@@ -90,8 +90,7 @@ def read_proto(path: str | Path) -> onnx.ModelProto:
         raise ModelError(f"'{path}' is not a valid ONNX model.\n  {_first_line(error)}") from error
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"external data of '{path}' cannot be read: {error}.\n"
-            "  Copy the whole of it beside the file again."
+            f"external data of '{path}' cannot be read: {error}.\n  Copy the whole of it beside the file again."
         ) from error
     _densify(proto)
     return proto
@@ -126,9 +125,7 @@ def differences(teacher: Interface, student: Interface) -> list[str]:
     ):
         if len(ours) != len(theirs):
             found.append(f"{len(theirs)} {side}s, the teacher has {len(ours)}")
-        found += [
-            f"{side} '{b}', the teacher has '{a}'" for a, b in zip(ours, theirs, strict=False) if a != b
-        ]
+        found += [f"{side} '{b}', the teacher has '{a}'" for a, b in zip(ours, theirs, strict=False) if a != b]
     if dict(teacher.opset) != dict(student.opset):
         found.append(f"opset {dict(student.opset)}, the teacher has {dict(teacher.opset)}")
     for key, value in teacher.metadata.items():
@@ -164,8 +161,7 @@ def write_proto(proto: onnx.ModelProto, path: str | Path, *, external: str = "au
     too_large = _too_large(proto)
     if external == "never" and too_large:
         raise JobError(
-            f"'{path}' would pass protobuf's limit of 2 GiB.\n"
-            "  Let the weights lie beside it: --external-data auto."
+            f"'{path}' would pass protobuf's limit of 2 GiB.\n  Let the weights lie beside it: --external-data auto."
         )
     outside = external == "always" or (external == "auto" and too_large)
     try:
@@ -190,9 +186,7 @@ def write_proto(proto: onnx.ModelProto, path: str | Path, *, external: str = "au
                 onnx.save(proto, draft)
             os.replace(draft, path)
     except OSError as error:
-        raise MachineError(
-            f"cannot write '{path}': {error}.\n  Free space or choose another folder."
-        ) from error
+        raise MachineError(f"cannot write '{path}': {error}.\n  Free space or choose another folder.") from error
 
 
 def fingerprint(path: str | Path) -> str:
@@ -205,9 +199,7 @@ def file_bytes(path: str | Path) -> int:
     """Return the bytes that shipping the model costs: the file and its external data."""
     path = Path(path)
     proto = onnx.load(path, load_external_data=False)
-    beside: set[str] = {
-        e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"
-    }
+    beside: set[str] = {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"}
     return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
 
 
@@ -215,11 +207,7 @@ def _port(value: onnx.ValueInfoProto) -> Port:
     tensor = value.type.tensor_type
     if not value.type.HasField("tensor_type"):
         return Port(value.name, value.type.WhichOneof("value") or "unknown", None)
-    dtype = (
-        np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
-        if tensor.elem_type
-        else "unknown"
-    )
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name if tensor.elem_type else "unknown"
     if not tensor.HasField("shape"):
         return Port(value.name, dtype, None)
     sizes: list[Dim] = []

@@ -63,9 +63,7 @@ def add_initializer(graph: ir.Graph, wanted: str, array: np.ndarray) -> ir.Value
     while name in taken:
         name, number = f"{wanted}_{number}", number + 1
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 
@@ -115,9 +113,7 @@ def _fold_constants(model: ir.Model) -> ir.Model:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        optimizer.fold_constants(
-            folded, should_fold=lambda node: node.op_type not in _KEEP, output_size_limit=2**31
-        )
+        optimizer.fold_constants(folded, should_fold=lambda node: node.op_type not in _KEEP, output_size_limit=2**31)
     except RuntimeError:
         # The folder evaluates nodes with a reference implementation that knows fewer operators than onnxruntime.
         # An unfolded graph is as correct; it only leaves more channels unexplained.
@@ -134,7 +130,7 @@ def _fold_batch_norm(node: ir.Node) -> None:
     if layer is None or layer.op_type not in _FOLDABLE_INTO or layer.domain not in ("", "ai.onnx"):
         return
     assert source is not None
-    if source.is_graph_output() or len(source.uses()) != 1 or len(node.outputs) > 1 and node.outputs[1].uses():
+    if source.is_graph_output() or len(source.uses()) != 1 or (len(node.outputs) > 1 and node.outputs[1].uses()):
         return
     training = node.attributes.get("training_mode")
     if training is not None and training.as_int():

@@ -66,7 +66,7 @@ def elementwise(labels: Labels, node: ir.Node) -> None:
         if value is None or shape is None:
             continue
         own = axis - len(made) + len(shape)
-        if own < 0 or shape[own] == 1 and made[axis] != 1:
+        if own < 0 or (shape[own] == 1 and made[axis] != 1):
             if (track := labels.track(value)) is not None:
                 labels.pin(track.ids, f"{node.op_type} '{name}' spreads one channel over many")
             continue

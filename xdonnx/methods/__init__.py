@@ -1,1 +1,65 @@
-"""One file for each published method; the table in `xdonnx.job` names them."""
+"""One file for each published method, and the table that names them; nothing is imported until asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Any
+
+from xdonnx.errors import JobError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: where the method lives, what it rests on, and when to choose it."""
+
+    target: str
+    paper: str
+    advice: str
+    needs: str
+
+
+METHODS: Mapping[str, Entry] = {
+    "cross": Entry(
+        "xdonnx.methods.cross:Cross",
+        "Bai, Wu, King, Lyu: Few Shot Network Compression via Cross Distillation, AAAI 2020",
+        "The default. Layer by layer, from 1 to 50 unlabelled samples per class.",
+        "samples, no labels",
+    ),
+    "l1-norm": Entry(
+        "xdonnx.methods.l1_norm:L1Norm",
+        "Li, Kadav, Durdanovic, Samet, Graf: Pruning Filters for Efficient ConvNets, ICLR 2017",
+        "The baseline: what removal alone costs, with nothing fitted.",
+        "nothing",
+    ),
+}
+
+
+def available() -> dict[str, Entry]:
+    """Return the table with what other packages add through the entry-point group `xdonnx.methods`."""
+    found = dict(METHODS)
+    for point in entry_points(group="xdonnx.methods"):
+        found.setdefault(point.name, Entry(point.value, f"from {point.value.split(':')[0]}", "", ""))
+    return found
+
+
+def make(name: str, options: Mapping[str, Any]) -> Any:
+    """Return a method with the options that it has; options of other methods are passed over.
+
+    Raises
+    ------
+    JobError
+        There is no such method.
+    """
+    table = available()
+    if name not in table:
+        near = get_close_matches(name, table, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise JobError(f"unknown method '{name}'.{hint}\n  Methods: {', '.join(table)}.")
+    module, _, attribute = table[name].target.partition(":")
+    kind = getattr(importlib.import_module(module), attribute)
+    known = {field.name for field in fields(kind)}
+    return kind(**{key: value for key, value in options.items() if key in known})

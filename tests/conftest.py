@@ -1,0 +1,30 @@
+"""Fixtures, the paths that tests import from, and the switches for slow tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--paper", action="store_true", help="run the minutes-long reproductions (needs XDONNX_DATA)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    data = os.environ.get("XDONNX_DATA")
+    for item in items:
+        if ("corpus" in item.keywords or "paper" in item.keywords) and not data:
+            item.add_marker(pytest.mark.skip(reason="set XDONNX_DATA to the folder of real models"))
+        elif "paper" in item.keywords and not config.getoption("--paper"):
+            item.add_marker(pytest.mark.skip(reason="minutes long: pass --paper"))
+
+
+@pytest.fixture
+def data() -> Path:
+    """Return the folder of real models and images."""
+    return Path(os.environ["XDONNX_DATA"])

@@ -1,0 +1,67 @@
+"""Folding keeps every answer and every name that a user can see."""
+
+from __future__ import annotations
+
+import nets
+import onnx_ir as ir
+import pytest
+from helpers import same_answers, same_interface
+
+from xdonnx.prepare import prepare
+
+TAIL = "n = BatchNormalization <epsilon = 0.01> (c, s, h, m, v)\n  out = Relu (n)\n}"
+LAYERS = {
+    "conv": "float[6,3,3,3] w, float[6] b, float[6] s, float[6] h, float[6] m, float[6] v) => (float[N,6,a,b] out) {"
+    "\n  c = Conv (image, w, b)\n  " + TAIL,
+    "grouped transposed": "float[3,2,3,3] w, float[6] s, float[6] h, float[6] m, float[6] v) => (float[N,6,a,b] out) {"
+    "\n  c = ConvTranspose <group = 3, strides = [2,2]> (image, w)\n  " + TAIL,
+    "transposed": "float[3,6,3,3] w, float[6] b, float[6] s, float[6] h, float[6] m, float[6] v) =>"
+    " (float[N,6,a,b] out) {\n  c = ConvTranspose (image, w, b)\n  " + TAIL,
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_batch_normalization_disappears_into_the_layer_before_it(kind: str) -> None:
+    teacher = nets.from_text("\ng (float[N,3,6,6] image, " + LAYERS[kind])
+    model = prepare(teacher)
+    assert [node.op_type for node in model.graph] == [teacher.graph.node[0].op_type, "Relu"]
+    assert model.graph.node(0).outputs[0].name == "n"
+    folded = ir.to_proto(model)
+    same_answers(teacher, folded, nets.samples(teacher), tolerance=2e-6)
+    same_interface(teacher, folded)
+
+
+def test_batch_normalization_of_a_value_with_two_readers_stays() -> None:
+    teacher = nets.from_text("""
+g (float[N,3,6,6] image, float[6,3,3,3] w, float[6] s, float[6] h, float[6] m, float[6] v) => (float[N,6,4,4] out) {
+  c = Conv (image, w)
+  n = BatchNormalization (c, s, h, m, v)
+  out = Add (n, c)
+}""")
+    model = prepare(teacher)
+    assert [node.op_type for node in model.graph] == ["Conv", "BatchNormalization", "Add"]
+
+
+def test_the_output_of_the_graph_may_be_a_batch_normalization() -> None:
+    teacher = nets.from_text("""
+g (float[N,3,6,6] image, float[6,3,3,3] w, float[6] s, float[6] h, float[6] m, float[6] v) => (float[N,6,4,4] out) {
+  c = Conv (image, w)
+  out = BatchNormalization (c, s, h, m, v)
+}""")
+    folded = ir.to_proto(prepare(teacher))
+    assert [node.op_type for node in folded.graph.node] == ["Conv"]
+    same_answers(teacher, folded, nets.samples(teacher), tolerance=2e-6)
+    same_interface(teacher, folded)
+
+
+def test_initializers_listed_as_inputs_are_no_inputs_of_the_caller() -> None:
+    teacher = nets.build("plain", opset=11)
+    for tensor in teacher.graph.initializer:
+        value = teacher.graph.input.add(name=tensor.name)
+        value.type.tensor_type.elem_type = tensor.data_type
+        for size in tensor.dims:
+            value.type.tensor_type.shape.dim.add().dim_value = size
+    teacher.ir_version = 3
+    folded = ir.to_proto(prepare(teacher))
+    assert [value.name for value in folded.graph.input] == ["image"]
+    same_answers(teacher, folded, nets.samples(nets.build("plain")))

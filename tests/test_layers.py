@@ -1,0 +1,78 @@
+"""Who may import whom: a module imports only from rows above its own, and the halves stay apart."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "xdonnx"
+ROWS = [
+    {"errors", "events"},
+    {"model", "prepare", "intervals", "moments", "structure", "interpolation", "coverage"},
+    {"runtime", "images", "labels", "cost", "connection", "operators", "removal"},
+    {"layers", "reshaping", "sources", "report", "feeds", "solve"},
+    {"rules", "gate", "shots", "fidelity", "methods"},
+    {"graph", "verify"},
+    {"patch", "budget", "convert", "doctor"},
+    {"walk", "survey"},
+    {"methods.layerwise"},
+    {"methods.cross", "methods.l1_norm"},
+    {"job"},
+]
+TORCH_FREE = {
+    "errors", "events", "model", "prepare", "intervals", "runtime", "images", "labels", "cost", "layers", "reshaping",
+    "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verify", "fidelity", "patch", "budget", "survey", "coverage",
+    "methods",
+}  # fmt: skip
+ONNX_FREE = {"moments", "structure", "connection", "solve", "removal", "interpolation"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        if name:
+            found[name] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Return what a module imports when it is imported; what stands inside functions or TYPE_CHECKING is not."""
+    found: set[str] = set()
+    body = list(ast.parse(path.read_text()).body)
+    while body:
+        node = body.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Try):
+            body += node.body
+    return found
+
+
+def test_every_module_has_a_row() -> None:
+    assert set(modules()) == set().union(*ROWS)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_module_imports_only_from_rows_above_its_own(name: str) -> None:
+    row = {module: at for at, modules in enumerate(ROWS) for module in modules}
+    ours = {i.removeprefix("xdonnx.") for i in imports(modules()[name]) if i.startswith("xdonnx.")}
+    for other in ours & set(row):
+        assert row[other] < row[name], f"{name} (row {row[name]}) imports {other} (row {row[other]})"
+
+
+@pytest.mark.parametrize("name", sorted(TORCH_FREE & set(modules())))
+def test_the_onnx_half_never_imports_torch(name: str) -> None:
+    assert not {i.split(".")[0] for i in imports(modules()[name])} & {"torch", "onnx2torch", "torchvision"}
+
+
+@pytest.mark.parametrize("name", sorted(ONNX_FREE))
+def test_the_math_half_never_imports_onnx(name: str) -> None:
+    assert not {i.split(".")[0] for i in imports(modules()[name])} & {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}

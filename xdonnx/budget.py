@@ -1,0 +1,250 @@
+"""What a net costs with some channels gone, and how a target becomes a number of units kept in each layer."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from xdonnx.errors import JobError, NothingToDo
+from xdonnx.graph import Group, Net
+from xdonnx.layers import Layer
+
+KINDS = ("keep", "macs", "params")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may stay.
+
+    Parameters
+    ----------
+    kind : {'keep', 'macs', 'params'}
+        'keep': the fraction of units in every layer that may lose some; the others: of the whole network.
+    amount : float
+        A fraction of the teacher, above 0 and at most 1.
+    structure : str
+        'channel', 'element', or 'n:m' such as '2:4'.
+    include, exclude : tuple of str
+        Patterns (`*`, `?`, `[...]`) over layer and node names. Channels go by the layers that make them.
+    round_to : int
+        Channels are kept in multiples of this where a layer has as many.
+    residual : bool
+        Whether channels that several layers add into may go too.
+    """
+
+    kind: str = "macs"
+    amount: float = 0.5
+    structure: str = "channel"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    round_to: int = 1
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many units stay.
+
+    Parameters
+    ----------
+    structure : str
+        As in `Budget`.
+    channels : dict
+        {index into `net.groups`: channels kept}, for groups that lose some.
+    weights : dict
+        {layer: weights kept}, for layers that lose some; empty unless the structure is 'element'.
+    layers : tuple of str
+        Layers that the structure 'n:m' applies to.
+    """
+
+    structure: str = "channel"
+    channels: Mapping[int, int] = field(default_factory=dict)
+    weights: Mapping[str, int] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+
+
+def pattern_of(structure: str) -> tuple[int, int] | None:
+    """Return (n, m) of a structure 'n:m', None for the others.
+
+    Raises
+    ------
+    JobError
+        There is no such structure.
+    """
+    if structure in ("channel", "element"):
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", structure)
+    if not found or not 1 <= int(found[1]) < int(found[2]):
+        raise JobError(f"unknown structure '{structure}'.\n  Structures: channel, element, or n:m such as 2:4.")
+    return int(found[1]), int(found[2])
+
+
+def make_plan(net: Net, budget: Budget) -> Plan:
+    """Turn a target into units kept, the same fraction in every layer.
+
+    Raises
+    ------
+    JobError
+        The target makes no sense, or a pattern matches nothing.
+    NothingToDo
+        Nothing may go, or the target is out of reach; the message says what is in reach.
+    """
+    if budget.kind not in KINDS:
+        raise JobError(f"unknown target '{budget.kind}'.\n  Targets: {', '.join(KINDS)}.")
+    if not 0 < budget.amount <= 1 or (budget.kind == "keep" and budget.amount == 1):
+        limits = "above 0 and below 1" if budget.kind == "keep" else "above 0 % and at most 100 %"
+        raise JobError(f"--{budget.kind} is {budget.amount:g}.\n  It is a fraction: {limits}.")
+    if budget.round_to < 1:
+        raise JobError(f"--round-to is {budget.round_to}.\n  It is a number of channels: 1 or more.")
+    pattern = pattern_of(budget.structure)
+    named = _named(net, budget)
+    if budget.structure == "channel":
+        return _channel_plan(net, budget, named)
+    if budget.kind == "macs":
+        raise JobError(
+            f"--macs does not go with --structure {budget.structure}: zero weights are multiplied all the same.\n"
+            "  Use --keep or --params, or --structure channel."
+        )
+    layers = [layer for layer in weight_layers(net) if layer.name in named]
+    if not layers:
+        raise NothingToDo("no convolution but the first may lose weights.\n  Widen --include or --exclude.")
+    if pattern:
+        return Plan(budget.structure, layers=tuple(layer.name for layer in layers))
+    if budget.kind == "keep":
+        fraction = budget.amount
+    else:
+        total = sum(layer.params for layer in net.layers.values())
+        free = sum(net.array(layer.weight).size for layer in layers)
+        fraction = (budget.amount * total - (total - free)) / free
+        if fraction <= 0:
+            raise NothingToDo(
+                f"--params {budget.amount:.0%} is out of reach: the weights that stay are {(total - free) / total:.0%}."
+            )
+    sizes = {layer.name: int(net.array(layer.weight).size) for layer in layers}
+    return Plan("element", weights={name: max(1, round(fraction * size)) for name, size in sizes.items()})
+
+
+def weight_layers(net: Net) -> list[Layer]:
+    """Return the layers that may lose single weights: every convolution but the first."""
+    convolutions = [layer for layer in net.layers.values() if layer.kernel]
+    shared = [layer.weight for layer in net.layers.values()]
+    return [layer for layer in convolutions[1:] if shared.count(layer.weight) == 1]
+
+
+def candidates(net: Net, budget: Budget, named: set[str] | None = None) -> list[int]:
+    """Return the indices of the groups that may lose channels under this budget."""
+    allowed = _named(net, budget) if named is None else named
+    return [
+        at
+        for at, group in enumerate(net.groups)
+        if (group.stream is None or budget.residual) and all(maker in allowed for maker in group.producers)
+    ]
+
+
+def macs(net: Net, keep: np.ndarray) -> int:
+    """Return multiply-accumulates of all layers for one sample, given which labels stay."""
+    return sum(_share(layer, keep, layer.macs) for layer in net.layers.values())
+
+
+def params(net: Net, keep: np.ndarray) -> int:
+    """Return weights and biases of all layers, given which labels stay."""
+    total = 0
+    for layer in net.layers.values():
+        weights = int(net.array(layer.weight).size)
+        total += _share(layer, keep, weights)
+        total += int(keep[layer.out_ids].sum()) if layer.bias else 0
+    return total
+
+
+def pretend(net: Net, channels: Mapping[int, int]) -> np.ndarray:
+    """Return which labels stay if each group kept its first so many: enough to tell what that would cost."""
+    keep = np.ones(net.labels, bool)
+    for at, count in channels.items():
+        keep[net.groups[at].ids[count:]] = False
+    return keep
+
+
+def _share(layer: Layer, keep: np.ndarray, amount: int) -> int:
+    outputs = int(keep[layer.out_ids].sum())
+    own = layer.columns >= 0
+    columns = len(layer.columns) - int((~keep[layer.columns[own]]).sum())
+    return amount * outputs * columns // (len(layer.out_ids) * len(layer.columns))
+
+
+def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
+    groups = candidates(net, budget, named)
+    if not groups:
+        streams = sum(group.stream is not None for group in net.groups)
+        hint = "--residual would free channels that several layers add into." if streams else _why_not(net)
+        raise NothingToDo(f"no channel may go.\n  {hint}")
+
+    def counts(fraction: float) -> dict[int, int]:
+        return {at: _rounded(net.groups[at], fraction, budget.round_to) for at in groups}
+
+    if budget.kind == "keep":
+        chosen = counts(budget.amount)
+    else:
+        cost: Callable[[Net, np.ndarray], int] = macs if budget.kind == "macs" else params
+        everything = cost(net, np.ones(net.labels, bool))
+        limit = budget.amount * everything
+        fractions = sorted(
+            {k / len(net.groups[at].ids) for at in groups for k in range(1, len(net.groups[at].ids) + 1)}
+        )
+        low, high = 0, len(fractions) - 1
+        least = cost(net, pretend(net, counts(fractions[0])))
+        if least > limit:
+            raise NothingToDo(
+                f"--{budget.kind} {budget.amount:.0%} is out of reach: with one channel left wherever one may go, "
+                f"{least / everything:.1%} remain.\n  Ask for more than that, or pass --residual."
+            )
+        while low < high:
+            middle = (low + high + 1) // 2
+            if cost(net, pretend(net, counts(fractions[middle]))) <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        chosen = counts(fractions[low])
+    losing = {at: count for at, count in chosen.items() if count < len(net.groups[at].ids)}
+    if not losing:
+        raise NothingToDo("every layer would keep all its channels.\n  Ask for a smaller target or a finer --round-to.")
+    return Plan("channel", channels=losing)
+
+
+def _rounded(group: Group, fraction: float, multiple: int) -> int:
+    units = len(group.ids)
+    count = max(1, math.floor(fraction * units + 0.5))
+    if multiple > 1:
+        count = max(multiple, multiple * math.floor(count / multiple + 0.5))
+    return min(count, units)
+
+
+def _named(net: Net, budget: Budget) -> set[str]:
+    """Return the layers that the patterns leave in play."""
+    allowed = set(net.layers)
+    for option, patterns in (("include", budget.include), ("exclude", budget.exclude)):
+        matched: set[str] = set()
+        for pattern in patterns:
+            hits = {n for n, layer in net.layers.items() if any(fnmatchcase(t, pattern) for t in (n, layer.node) if t)}
+            if not hits:
+                raise JobError(f"--{option} '{pattern}' matches no layer.\n  {_nearest(net, pattern)}")
+            matched |= hits
+        if patterns:
+            allowed = allowed & matched if option == "include" else allowed - matched
+    return allowed
+
+
+def _nearest(net: Net, pattern: str) -> str:
+    names: Sequence[str] = list(net.layers)
+    near = get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3) or list(names)[:3]
+    return f"Layers are named by the value they make, such as {', '.join(repr(n) for n in near)}."
+
+
+def _why_not(net: Net) -> str:
+    reasons = list(dict.fromkeys(net.pinned.values()))[:3]
+    return "Reasons: " + "; ".join(reasons) + "." if reasons else "Widen --include or --exclude."
