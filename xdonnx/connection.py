@@ -1,13 +1,14 @@
 """Which network's input feeds which weights; with the moments that makes one quadratic per layer.
 
-A connection is a list of terms. Each mixes the two networks' inputs once for the teacher's weights and once for the
-student's, and asks the two outputs to agree. Dimensions: see `moments`.
+A connection is a list of terms. Each mixes the two networks' inputs once for the teacher's weights and once
+for the student's, and asks the two outputs to agree. Dimensions: see `moments`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -30,13 +31,13 @@ class Connection:
     name : str
         As the user calls it.
     terms : tuple of (weight, (a_T, a_S), (b_T, b_S))
-        The weight of a term, the mix that the teacher's weights see, the mix that the student's see. A mix sums to
-        one, or a bias would be counted wrongly.
+        The weight of a term, the mix that the teacher's weights see, the mix that the student's see. A mix
+        sums to one, or a bias would be counted wrongly.
 
     Notes
     -----
-    Errors are those of the linear outputs, before any activation, as in the published code; the text of [1]_ puts
-    the activation inside, which has no closed form.
+    Errors are those of the linear outputs, before any activation, as in the published code; the text of [1]_
+    puts the activation inside, which has no closed form.
 
     References
     ----------
@@ -66,16 +67,16 @@ class Quadratic:
     const: Tensor
 
     def __call__(self, w: Tensor) -> Tensor:
-        """The error of the weights `w` (g, o, d): a scalar."""
+        """Error of the weights `w` (g, o, d): a scalar."""
         return ((w @ self.hess - 2 * self.lin) * w).sum() + self.const.sum()
 
     def grad(self, w: Tensor) -> Tensor:
-        """The slope of the error at `w`, (g, o, d)."""
+        """Slope of the error at `w`, (g, o, d)."""
         return 2 * (w @ self.hess - self.lin)
 
 
 def regression() -> Connection:
-    """Each network reads its own input; the student makes up for all upstream error ("Ours-NC" of the paper)."""
+    """Each network reads its own input; the student makes up for upstream error ("Ours-NC" of the paper)."""
     return Connection("regression", ((1.0, (1.0, 0.0), (0.0, 1.0)),))
 
 
@@ -96,10 +97,10 @@ def cross(mu: float) -> Connection:
 
 
 def soft(alpha: float, beta: float) -> Connection:
-    """The inputs themselves are mixed ("Ours-S" of the paper).
+    """Mixes of the two inputs, one for each network ("Ours-S" of the paper).
 
-    The teacher's weights read `alpha x_t + (1 - alpha) x_s`, the student's `(1 - beta) x_t + beta x_s`. So `beta` sets
-    what the student reads and `alpha + beta - 1` the share of upstream error that it makes up for.
+    The teacher's weights read `alpha x_t + (1 - alpha) x_s`, the student's `(1 - beta) x_t + beta x_s`. So
+    `beta` sets what the student reads and `alpha + beta - 1` the share of upstream error that it makes up for.
     """
     _check("alpha", alpha)
     _check("beta", beta)
@@ -107,7 +108,7 @@ def soft(alpha: float, beta: float) -> Connection:
 
 
 def named(name: str, *, mu: float, alpha: float, beta: float) -> Connection:
-    """The connection that a job calls `name`.
+    """Connection that a job calls `name`.
 
     Parameters
     ----------
@@ -135,7 +136,7 @@ def named(name: str, *, mu: float, alpha: float, beta: float) -> Connection:
 
 
 def objective(connection: Connection, moments: Moments, teacher_matrix: Tensor) -> Quadratic:
-    """The layer's reconstruction error as a quadratic in the student's weights.
+    """Reconstruction error of a layer as a quadratic in the student's weights.
 
     Nothing here depends on the number of shots: the moments already hold all of them.
 
@@ -176,8 +177,8 @@ def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool) -> Quadrat
     ridge
         lambda as a fraction of the mean diagonal of H, group by group, bias apart; 0 changes nothing.
     bias
-        Whether the last column is the bias. It is practically not pulled (a millionth of lambda): its input is exactly
-        one, so a few shots determine it well, and it has to move when the removed inputs had a mean.
+        Whether the last column is the bias. It is practically not pulled (a millionth of lambda): its input is
+        exactly one, so a few shots determine it well, and it has to move when the removed inputs had a mean.
 
     Returns
     -------
@@ -190,9 +191,7 @@ def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool) -> Quadrat
         If `ridge` is negative or not finite.
     """
     if not 0 <= ridge < float("inf"):
-        raise JobError(
-            f"ridge is {ridge}.\n  It is a fraction of the mean curvature: 0 or more, such as 0.01."
-        )
+        raise JobError(f"ridge is {ridge}.\n  It is a fraction of the mean curvature: 0 or more, such as 0.01.")
     if ridge == 0:
         return q
     toward = toward.to(q.hess)
@@ -220,7 +219,7 @@ def _mixed(moments: Moments, left: Mix, right: Mix) -> Tensor:
 
 
 def _total(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return reduce(torch.add, parts)
 
 
 def _check(option: str, value: float) -> None:

@@ -7,6 +7,7 @@ onnxruntime itself: it has no gradient then, which layer-wise methods do not nee
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -91,10 +92,9 @@ def geometry(layer: Layer) -> Geometry:
 
 
 def run_layer(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run a layer with the given weight and bias, in ONNX layout."""
+    """Run a layer with the given weight and bias, laid out as `layer_tensors` returns them."""
     if not layer.kernel:
-        matrix = weight.T if layer.transposed else weight
-        return functional.linear(x, matrix, bias)
+        return functional.linear(x, weight, bias)
     rank = len(layer.kernel)
     begins, ends = layer.pads[:rank], layer.pads[rank:]
     if layer.op == "Conv":
@@ -134,10 +134,9 @@ def convert(net: Net, device: torch.device) -> Program:
         Neither torch nor onnxruntime can run a node.
     """
     try:
-        from onnx2torch.node_converters import get_converter
         from onnx2torch.onnx_graph import OnnxGraph
 
-        from xdonnx.operators import register
+        from xdonnx.operators import converters, register
     except (ImportError, RuntimeError, AttributeError) as error:
         # A torchvision built for another torch raises any of these while onnx2torch imports it.
         raise MachineError(
@@ -155,12 +154,15 @@ def convert(net: Net, device: torch.device) -> Program:
             layer = net.layers[name]
             steps.append(Step(name, node.op_type, (layer.input,), (name,), None, layer))
             continue
-        try:
-            converter = get_converter(node.op_type, opsets.get(node.domain, 1), node.domain)
-            module, mapping = converter(onnx_node, graph)
-        except Exception:  # a converter may fail in any way on a graph it does not expect
+        found = None
+        for converter in converters(node.op_type, opsets.get(node.domain, 1), node.domain):
+            with contextlib.suppress(Exception):  # a converter may fail in any way on a node it does not expect
+                found = converter(onnx_node, graph)
+                break
+        if found is None:
             steps.append(_foreign(node, opsets))
             continue
+        module, mapping = found
         steps.append(
             Step(
                 name,
@@ -298,16 +300,26 @@ def _gap(net: Net, program: Program, step: Step, truth: Mapping[str, Any]) -> fl
 
 
 def layer_tensors(net: Net, layer: Layer, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return the teacher's weight and bias of a layer."""
-    weight = torch.tensor(net.array(layer.weight), device=device)
+    """Return the teacher's weight and bias of a layer: as ONNX stores them, but a product's outputs always first."""
+    weight = stored(layer, torch.tensor(net.array(layer.weight), device=device))
     bias = None if layer.bias is None else torch.tensor(net.array(layer.bias), device=device)
     return weight, bias
+
+
+def stored(layer: Layer, weight: Tensor) -> Tensor:
+    """Turn a weight from the layout that layers run in to the one that the file has, and back."""
+    return weight.T.contiguous() if layer.transposed else weight
 
 
 def _with_shapes(net: Net) -> onnx.ModelProto:
     """Give converters the shapes they look up; onnx2torch itself would infer them again."""
     proto = ir.to_proto(net.model)
-    return onnx.shape_inference.infer_shapes(proto)
+    try:
+        return onnx.shape_inference.infer_shapes(proto)
+    except onnx.shape_inference.InferenceError:
+        # What the exporter wrote contradicts what is inferred. Converters that need a shape fail, and their nodes run
+        # in onnxruntime, which goes by the values themselves.
+        return proto
 
 
 def _foreign(node: onnx.NodeProto, opsets: Mapping[str, int]) -> Step:

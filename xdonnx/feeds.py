@@ -36,7 +36,7 @@ def conform(array: Array, port: Port, layout: str, where: str) -> Array:
     port : Port
         Axis 0 counts rows and may differ; every size that the graph fixes must be met.
     layout : {'auto', 'nchw', 'nhwc'}
-        Where the array has its channels; 'auto': where the graph has them. An array that fits is never turned.
+        Where the array has its channels; 'auto': where the graph has them. What fits is never turned.
     where : str
         The file, for messages.
 
@@ -50,11 +50,17 @@ def conform(array: Array, port: Port, layout: str, where: str) -> Array:
         if layout != "auto" and _fits(turned.shape, port):
             array = np.ascontiguousarray(turned)
     check_shape(array, port, where)
+    if array.ndim == 4 and array.dtype.kind in "iu" and array.dtype != np.uint8 and "float" in port.dtype:
+        # Pixels that lost their type would be fed without preprocessing, and nobody would know.
+        raise ShotsError(
+            f"input '{port.name}' takes {port.dtype}; '{where}' holds {array.dtype} {array.shape}.\n"
+            "  Save images as uint8 to have them preprocessed, or as float32 if they are already."
+        )
     return cast(array, port, where)
 
 
 def check_shape(array: Array, port: Port, where: str) -> None:
-    """Raise `ShotsError`, with a guess at the cause, where the array has not the shape that the input takes."""
+    """Raise `ShotsError`, with a guess at the cause, where the shape is not what the input takes."""
     if _fits(array.shape, port):
         return
     shape, hint = array.shape, "Write or resize the samples to that shape."
@@ -84,28 +90,26 @@ def cast(array: Array, port: Port, where: str) -> Array:
     except TypeError:
         dtype = np.dtype(object)
     if dtype.kind in "OSU":
-        raise ShotsError(f"input '{port.name}' takes {port.dtype}, which is no tensor of numbers.")
+        raise ShotsError(
+            f"input '{port.name}' takes {port.dtype}, and shots are tensors of numbers.\n"
+            "  Cut the graph behind that input, or make it a constant."
+        )
     if array.dtype.kind not in "biuf":
         raise ShotsError(
-            f"'{where}' holds {array.dtype} for input '{port.name}', which takes {port.dtype}.\n"
-            "  Save plain numbers."
+            f"'{where}' holds {array.dtype} for input '{port.name}', which takes {port.dtype}.\n  Save plain numbers."
         )
     _check_finite(array, where, "is not finite (NaN or infinity)", "Repair or remove it.")
     if dtype.kind in "biu":
         with np.errstate(invalid="ignore"):
             whole = array.astype(dtype, copy=False)
         if not np.array_equal(whole, array):
+            pixels = port.dtype == "uint8"
+            cure = "Where the graph normalizes its pixels pass --preset raw." if pixels else "Save integers."
             raise ShotsError(
                 f"input '{port.name}' takes {port.dtype}, which cannot hold the numbers of '{where}' "
-                f"({array.min():g} to {array.max():g}, {array.dtype}).\n"
-                "  For pixels that the graph normalizes itself pass --preset raw."
+                f"({array.min():g} to {array.max():g}, {array.dtype}).\n  {cure}"
             )
         return whole
-    if len(array.shape) == 4 and array.dtype.kind in "iu":
-        raise ShotsError(
-            f"'{where}' holds {array.dtype} {array.shape} for input '{port.name}', which takes {port.dtype}.\n"
-            "  Save images as uint8 to have them preprocessed, or as float32 if they are already."
-        )
     with np.errstate(over="ignore"):
         rounded = array.astype(dtype, copy=False)
     _check_finite(rounded, where, f"is too large for {port.dtype}", "Scale it, or check --preset.")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xdonnx.errors import JobError, ShotsError
 
@@ -61,12 +61,12 @@ class Preprocess:
     scale : float, optional
         What pixels are divided by first; replaces the preset's 255, 1 or 127.5.
     color : {'rgb', 'bgr', 'gray'}, optional
-        Order of the channels that the graph takes. 'gray' on three channels repeats the luminance. Default: the
-        preset's; always gray on a graph of one channel.
+        Order of the channels that the graph takes. 'gray' on three channels repeats the luminance. Default:
+        the preset's; always gray on a graph of one channel.
     layout : {'auto', 'nchw', 'nhwc'}, default='auto'
-        Where arrays keep their channels; the graph's own layout is read from its shape, and follows this option
-        where the shape leaves it open. 'auto' recognizes uint8 images by their 1 or 3 channels and takes
-        floating arrays to be as the graph wants them.
+        Where arrays keep their channels; the graph's own layout is read from its shape, and follows this
+        option where the shape leaves it open. 'auto' recognizes uint8 images by their 1 or 3 channels and
+        takes floating arrays to be as the graph wants them.
     resize : int, optional
         Shorter side before the crop, in pixels; images are then resized even if they have the graph's size.
         Default: 256/224 of the crop, and nothing for images that have the graph's size already.
@@ -172,8 +172,8 @@ def frame(port: Port, preprocess: Preprocess) -> Frame | None:
 def open_image(path: Path, *, gray: bool = False) -> Array:
     """Return the pixels of an image file, upright, whatever its mode.
 
-    Transparency is dropped, as `convert('RGB')` does; 16-bit samples are scaled to 8 bits; of several frames the
-    first is read.
+    Transparency is dropped, as `convert('RGB')` does; 16-bit samples are scaled to 8 bits; of several frames
+    the first is read.
 
     Parameters
     ----------
@@ -205,7 +205,7 @@ def open_image(path: Path, *, gray: bool = False) -> Array:
         pixels = np.array(_eight_bits(upright).convert("L" if gray else "RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ShotsError(f"more than the {Image.MAX_IMAGE_PIXELS} pixels that are safe to decode") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ShotsError("not an image") from error
     except Exception as error:
         # Decoders let out whatever their parsers trip over: OSError, SyntaxError, struct.error, KeyError, ...
@@ -216,8 +216,8 @@ def open_image(path: Path, *, gray: bool = False) -> Array:
 def fit(pixels: Array, wanted: Frame, preprocess: Preprocess) -> Array:
     """Return the image at the size that the graph takes: shorter side resized, centre cropped.
 
-    Bilinear with antialiasing; on square inputs the very numbers of torchvision's `Resize` and `CenterCrop`. On
-    other inputs the image is scaled to cover 256/224 of the input.
+    Bilinear with antialiasing; on square inputs the very numbers of torchvision's `Resize` and `CenterCrop`.
+    On other inputs the image is scaled to cover 256/224 of the input.
 
     Parameters
     ----------
@@ -251,7 +251,7 @@ def fit(pixels: Array, wanted: Frame, preprocess: Preprocess) -> Array:
     new_h, new_w = (side, side * w // h) if upright else (side * h // w, side)
     if new_h < height or new_w < width:
         raise ShotsError(
-            f"resized to {new_h} x {new_w}, below the {height} x {width} that is cropped; pass a larger --resize"
+            f"resized to {new_h} x {new_w}, less than the crop of {height} x {width}; pass a larger --resize"
         )
     if new_h * new_w > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ShotsError(f"{h} x {w} is too narrow: resized it would be {new_h} x {new_w}; crop it first")
@@ -262,7 +262,7 @@ def fit(pixels: Array, wanted: Frame, preprocess: Preprocess) -> Array:
 
 
 def as_pixels(array: Array, wanted: Frame, preprocess: Preprocess) -> Array | None:
-    """Return a uint8 array as pixels `(n, h, w, c)`, or None where no axis can be the channels.
+    """Return a uint8 array as pixels `(n, h, w, c)`, gray if need be; None where no axis can be the channels.
 
     Parameters
     ----------
@@ -277,7 +277,8 @@ def as_pixels(array: Array, wanted: Frame, preprocess: Preprocess) -> Array | No
     for layout in choices if preprocess.layout == "auto" else (preprocess.layout,):
         pixels = np.moveaxis(array, 1, 3) if layout == "nchw" else array
         if pixels.shape[3] in (1, 3):
-            return pixels
+            # Gray before resizing, as files are read: the other order rounds differently.
+            return _luminance(pixels) if wanted.gray and pixels.shape[3] == 3 else pixels
     return None
 
 
@@ -287,7 +288,7 @@ def normalize(pixels: Array, wanted: Frame, preprocess: Preprocess) -> Array:
     Parameters
     ----------
     pixels : (n, h, w, c) uint8
-        At their final size.
+        At their final size; c = 1 where the graph wants gray.
     wanted : Frame
         Channels, colour and layout of the graph.
 
@@ -301,8 +302,6 @@ def normalize(pixels: Array, wanted: Frame, preprocess: Preprocess) -> Array:
     JobError
         `mean` or `std` has neither one number nor one for each channel.
     """
-    if wanted.gray and pixels.shape[3] == 3:
-        pixels = _luminance(pixels)
     if wanted.channels == 3 and pixels.shape[3] == 1:
         pixels = np.repeat(pixels, 3, axis=3)
     if wanted.color == "bgr":
@@ -357,21 +356,19 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _luminance(pixels: Array) -> Array:
-    """Return ITU-R 601 luminance (n, h, w, 1), to the bit as Pillow's `convert('L')` in 16-bit fixed point."""
+    """Return ITU-R 601 luminance (n, h, w, 1), in 16-bit fixed point: to the bit Pillow's `convert('L')`."""
     weights = np.array([19595, 38470, 7471], np.uint32)
     return ((pixels.astype(np.uint32) @ weights + 0x8000) >> 16).astype(np.uint8)[:, :, :, None]
 
 
-def _per_channel(
-    name: str, given: tuple[float, ...] | None, preset: tuple[float, ...], channels: int
-) -> Array:
+def _per_channel(name: str, given: tuple[float, ...] | None, preset: tuple[float, ...], channels: int) -> Array:
     if given is None:
         values = preset if len(preset) in (1, channels) else (sum(preset) / len(preset),)
     elif len(given) in (1, channels):
         values = given
     else:
         raise JobError(
-            f"--{name} has {len(given)} numbers, the graph's input {channels} channel{'s' * (channels > 1)}.\n"
+            f"--{name} has {len(given)} numbers; channels of the graph's input: {channels}.\n"
             "  Give one number, or one for each channel."
         )
     return np.array(values, np.float32)

@@ -71,8 +71,8 @@ class Moments:
     Parameters
     ----------
     tt, ts, ss : Tensor (g, d, d), float64
-        `ts[i, j]` is the mean over positions of `x_t[i] * x_s[j]`; in units of squared activation. The three are one
-        tensor where the two networks still agree.
+        `ts[i, j]` is the mean over positions of `x_t[i] * x_s[j]`; in units of squared activation. The three
+        are one tensor where the two networks still agree.
     count : int
         Positions that the mean was taken over, all shots together.
     """
@@ -108,12 +108,12 @@ def unroll(x: Tensor, geometry: Geometry) -> Tensor:
     Returns
     -------
     Tensor (g, d, n * p)
-        Without the bias. Rows run over (input channel within the group, kernel offset), as in a flattened weight.
+        Without the bias. Rows run over (input channel of the group, kernel offset), as in a flattened weight.
 
     Notes
     -----
-    A transposed convolution is the convolution of its input stuffed with `stride - 1` zeros between neighbours and
-    with the kernel mirrored (`to_matrix` mirrors it), so it has the same moments as any other layer.
+    A transposed convolution is the convolution of its input, stuffed with `stride - 1` zeros between neighbours,
+    with the mirrored kernel (`to_matrix` mirrors it), so it has the same moments as any other layer.
     """
     groups = geometry.groups
     if geometry.op == "linear":
@@ -133,7 +133,7 @@ def unroll(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def to_matrix(weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """The layer's weight as the matrix that multiplies `unroll`'s columns.
+    """Matrix of a layer's weight: the one that multiplies `unroll`'s columns.
 
     Parameters
     ----------
@@ -193,13 +193,13 @@ def measure(
     columns_at_once: int = 8192,
     dtype: torch.dtype = torch.float64,
 ) -> Moments:
-    """The moments of a layer's inputs, taken over every chunk.
+    """Moments of a layer's inputs, taken over every chunk.
 
     Parameters
     ----------
     teacher, student
-        Inputs of the layer in the two networks, in chunks of any number of shots; chunk by chunk the same shots.
-        Where both yield the same tensor object, its product is computed once.
+        Inputs of the layer in the two networks, in chunks of any number of shots; chunk by chunk the same
+        shots. Where both yield the same tensor object, its product is computed once.
     bias
         Append a row of ones, so that the layer's bias is a column like any other.
     columns_at_once
@@ -236,9 +236,7 @@ def measure(
             apart[2].add_gram(x_s)
             count += x_t.shape[2]
     if count == 0:
-        raise ShotsError(
-            "no shot reached the layer: there is nothing to measure.\n  Pass at least one sample."
-        )
+        raise ShotsError("no shot reached the layer: there is nothing to measure.\n  Pass at least one sample.")
     if apart is None:
         assert shared is not None
         mean = shared.mean(count)
@@ -275,15 +273,13 @@ class _Sum:
             self._total[:, at : at + block, at:] += x[:, at : at + block] @ x[:, at:].mT
 
     def mean(self, count: int) -> Tensor:
-        """The sum over `count`; a sum of Grams comes out exactly symmetric."""
+        """Sum over `count`; a sum of Grams comes out exactly symmetric."""
         assert self._total is not None
         mean = self._total / count
         return mean.triu() + mean.triu(1).mT if self._upper_only else mean
 
 
-def _columns(
-    chunk: Tensor, geometry: Geometry, bias: bool, at_once: int, dtype: torch.dtype
-) -> Iterator[Tensor]:
+def _columns(chunk: Tensor, geometry: Geometry, bias: bool, at_once: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """Unroll a chunk a few shots at a time, with the row of ones."""
     if geometry.op == "linear":
         chunk = chunk.reshape(-1, chunk.shape[-1])
@@ -303,7 +299,7 @@ def _columns(
 
 
 def _padded(x: Tensor, geometry: Geometry) -> tuple[Tensor, tuple[int, ...]]:
-    """The input as a plain convolution without pads would read it, and that convolution's strides."""
+    """Input as a plain convolution without pads would read it, and that convolution's strides."""
     rank = len(geometry.kernel)
     begins, ends = geometry.pads[:rank], geometry.pads[rank:]
     strides = geometry.strides
@@ -333,9 +329,7 @@ def _positions(padded: torch.Size, geometry: Geometry, strides: tuple[int, ...])
     """Output size of every spatial axis."""
     return tuple(
         max(0, (size - dilation * (k - 1) - 1) // stride + 1)
-        for size, dilation, k, stride in zip(
-            padded, geometry.dilations, geometry.kernel, strides, strict=True
-        )
+        for size, dilation, k, stride in zip(padded, geometry.dilations, geometry.kernel, strides, strict=True)
     )
 
 

@@ -8,8 +8,9 @@ a version that did change is found and not trusted.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -18,6 +19,7 @@ from onnx2torch.node_converters.registry import (
     _CONVERTER_REGISTRY,
     OperationDescription,
     add_converter,
+    get_converter,
 )
 from onnx2torch.onnx_graph import OnnxGraph
 from onnx2torch.onnx_node import OnnxNode
@@ -62,6 +64,14 @@ def register() -> None:
     for name, converters in known.items():
         if name not in _CHANGED:
             _fill(name, versions.get(name, set()), converters[max(converters)])
+
+
+def converters(name: str, version: int, domain: str) -> Iterator[Any]:
+    """Yield the converters that may serve an operator, ours before onnx2torch's: they know all of its versions."""
+    if domain in ("", "ai.onnx") and name in _OWN:
+        yield _OWN[name]
+    with contextlib.suppress(NotImplementedError):
+        yield get_converter(name, version, domain)
 
 
 def _fill(name: str, versions: set[int], converter: Any) -> None:
@@ -282,6 +292,8 @@ def _slice(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
     starts, ends = (_integers(node, graph, at, name) for at, name in ((1, "starts"), (2, "ends")))
     if starts is None or ends is None:
         raise NotImplementedError("Slice without bounds")
+    if any(step != 1 for step in _integers(node, graph, 4, "steps") or ()):
+        raise NotImplementedError("Slice in steps")
     axes = _integers(node, graph, 3, "axes") or list(range(len(starts)))
 
     def run(x: Tensor) -> Tensor:
@@ -327,6 +339,19 @@ def _space_to_depth(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResul
     return _result(node, run, 1)
 
 
+def _depth_to_space(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
+    block, columns_first = node.attributes["blocksize"], node.attributes.get("mode", "DCR") == "CRD"
+
+    def run(x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        if columns_first:
+            return functional.pixel_shuffle(x, block)
+        grid = x.reshape(n, block, block, c // block**2, h, w).permute(0, 3, 4, 1, 5, 2)
+        return grid.reshape(n, c // block**2, h * block, w * block)
+
+    return _result(node, run, 1)
+
+
 def _identity(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
     return _result(node, lambda x: x, 1)
 
@@ -353,6 +378,7 @@ _OWN: dict[str, Any] = {
     "Reshape": _reshape,
     "Trilu": _trilu,
     "SpaceToDepth": _space_to_depth,
+    "DepthToSpace": _depth_to_space,
     "Dropout": _identity,
     **{name: _reduce(function) for name, function in _REDUCE.items()},
 }

@@ -1,14 +1,15 @@
 """Which channels to lose: exact group optimal brain surgeon, for one reader of the channels or for many.
 
-For one layer with error `q(W) = <W H, W> - 2 <C, W> + c` and best weights `W = C P`, `P = inv(H)` on the columns that
-are left, losing the columns J of a channel costs exactly `tr(W_J inv(P_JJ) W_J')` when all the others adapt. So the
-cheapest channel leaves, `P` and `W` are downdated, and so on; then exchanges of a lost channel for a kept one go on as
-long as they lower the error. Several layers that read the same channels add their costs. Dimensions: see `moments`.
+For one layer with error `q(W) = <W H, W> - 2 <C, W> + c` and best weights `W = C P`, `P = inv(H)` on the columns
+that are left, losing the columns J of a channel costs exactly `tr(W_J inv(P_JJ) W_J')` when all others adapt. So
+the cheapest channel leaves, `P` and `W` are downdated, and so on; then exchanges of a lost channel for a kept one
+go on as long as they lower the error. Several layers that read the same channels add their costs. For
+dimensions see `moments`.
 
 References
 ----------
-Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992, for one weight; the
-block form is the same algebra. Exchanges follow the idea of local search in OSSCAR (ICML 2024).
+Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992, for one
+weight; the block form is the same algebra. Exchanges follow the idea of local search in OSSCAR (ICML 2024).
 """
 
 from __future__ import annotations
@@ -50,17 +51,22 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """A reader on the columns that are left: `spots` is its table in terms of `columns`, -1 where a channel is gone."""
+    """A reader on the columns that are left.
+
+    `spots` is its table in terms of `columns`, -1 if a channel is gone. Downdates keep up `inverse` and `weight`, not
+    `factor`, the Cholesky factor of H as it was when the view was made.
+    """
 
     reader: Reader
     columns: Tensor
     spots: Tensor
+    factor: Tensor
     inverse: Tensor
     weight: Tensor
 
 
 def choose(readers: Sequence[Reader], keep: int, swaps: int) -> tuple[Tensor, int]:
-    """The channels to keep so that the readers' error rises least.
+    """Channels to keep so that the readers' error rises least.
 
     Parameters
     ----------
@@ -108,7 +114,7 @@ def _remove(readers: Sequence[Reader], kept: Tensor, leaving: int) -> Tensor:
 
 
 def _best_exchange(readers: Sequence[Reader], kept: Tensor) -> tuple[int, int] | None:
-    """The lost and the kept channel whose exchange lowers the error most, or None if none does."""
+    """Lost and kept channel whose exchange lowers the error most, or None if none does."""
     lost = (~kept).nonzero()[:, 0]
     if not len(lost):
         return None
@@ -142,11 +148,14 @@ class _Returns:
         flat = table.reshape(-1)
         shape = (reader.hess.shape[0], -1, units, width)
         across = reader.hess[:, view.columns][:, :, flat]
-        self.reach = (view.inverse @ across).reshape(shape).movedim(2, 1) * self.real[:, None]
-        across = across.reshape(shape).movedim(2, 1)
-        own = reader.hess[:, table[:, :, None], table[:, None, :]] - across.mT @ self.reach
+        rest = (reader.lin[:, :, flat] - view.weight @ across).reshape(shape)
+        half = torch.linalg.solve_triangular(view.factor, across, upper=False)
+        reach = torch.linalg.solve_triangular(view.factor.mT, half, upper=True)
+        self.reach = reach.reshape(shape).movedim(2, 1) * self.real[:, None]
+        # Squares of `half`, not `across' inverse across`: what is left after the subtraction may be tiny.
+        half = half.reshape(shape).movedim(2, 1)
+        own = reader.hess[:, table[:, :, None], table[:, None, :]] - half.mT @ half
         self.schur = _factor(own, self.real)
-        rest = (reader.lin[:, :, flat] - view.weight @ across.movedim(1, 2).flatten(2)).reshape(shape)
         self.rest = rest.movedim(1, 3) * self.real[:, :, None]
         self.gain = _energy(self.schur, self.rest) * reader.share
         self.blocks, self.parts = _blocks(view)
@@ -175,7 +184,7 @@ def _view(reader: Reader, kept: Tensor) -> _View:
     factor = torch.linalg.cholesky(reader.hess[:, columns][:, :, columns])
     inverse = torch.cholesky_inverse(factor)
     weight = torch.cholesky_solve(reader.lin[:, :, columns].mT, factor).mT.contiguous()
-    return _View(reader, columns, place[table], inverse, weight)
+    return _View(reader, columns, place[table], factor, inverse, weight)
 
 
 def _without(view: _View, unit: int) -> _View:
@@ -207,12 +216,12 @@ def _parts(view: _View) -> Tensor:
 
 
 def _costs(view: _View, blocks: Tensor, parts: Tensor) -> Tensor:
-    """What losing each channel would add to the reader's error, (units,)."""
+    """Rise of the reader's error if each channel were lost, (units,)."""
     return _energy(_factor(blocks, view.spots >= 0), parts) * view.reader.share
 
 
 def _factor(blocks: Tensor, real: Tensor) -> Tensor:
-    """Cholesky factors of (g, units, widest, widest) blocks, with the identity where a channel has no column."""
+    """Cholesky factors of (g, units, widest, widest) blocks, the identity where a channel has no column."""
     both = real[:, :, None] & real[:, None, :]
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     factor: Tensor = torch.linalg.cholesky(torch.where(both, blocks, eye))

@@ -101,13 +101,14 @@ def read_shots(
 ) -> Shots:
     """Read samples into what the graph takes.
 
-    Images, and uint8 arrays for an input that takes images, are preprocessed. Other arrays are taken as they are:
-    only their type and, where `preprocess.layout` says so, their layout are adapted.
+    Images, and uint8 arrays for an input that takes images, are preprocessed. Other arrays are taken as they
+    are: only their type and, where `preprocess.layout` says so, their layout are adapted.
 
     Parameters
     ----------
     sources : sequence of str
-        'PATH' for a graph of one input or an `.npz` with an array for each input; otherwise 'NAME=PATH' for each.
+        'PATH' for a graph of one input, or for an `.npz` with an array for each; otherwise 'NAME=PATH' for
+        each.
     ports : sequence of Port
         The graph's inputs.
     preprocess : Preprocess
@@ -122,13 +123,11 @@ def read_shots(
     Raises
     ------
     ShotsError
-        No samples; or samples that are unreadable, of another shape, constant, not finite or wrongly labelled.
+        No samples; or they are unreadable, of another shape, constant, not finite or wrongly labelled.
     JobError
         The preprocessing contradicts the graph.
     """
-    parts = [
-        _read(path, mine, preprocess, skip_bad=skip_bad, log=log) for path, mine in assign(sources, ports)
-    ]
+    parts = [_read(path, mine, preprocess, skip_bad=skip_bad, log=log) for path, mine in assign(sources, ports)]
     first = parts[0]
     for part in parts[1:]:
         if len(part.ids) != len(first.ids):
@@ -140,13 +139,9 @@ def read_shots(
     for part in parts[1:]:
         kept = np.intersect1d(kept, part.kept)
     if not len(kept):
-        raise ShotsError(
-            "no shot can be read in all of its inputs.\n  Mend the files that are named as skipped."
-        )
+        raise ShotsError("no shot can be read in all of its inputs.\n  Mend the files that are named as skipped.")
     whole = Shots(
-        inputs={
-            name: values[np.isin(part.kept, kept)] for part in parts for name, values in part.inputs.items()
-        },
+        inputs={name: values[np.isin(part.kept, kept)] for part in parts for name, values in part.inputs.items()},
         labels=_labels_of(parts, labels, kept),
         ids=tuple(first.ids[row] for row in kept),
         classes=next((part.classes for part in parts if part.classes and labels is None), None),
@@ -163,9 +158,9 @@ def split(
 ) -> tuple[Shots, Shots]:
     """Split shots into those that fit and those that judge.
 
-    The fitting ones are drawn first. The hold-out is a fraction of all shots; it is taken from those not drawn
-    (at most all of them) or, where every shot was drawn, from the drawn ones. Labelled shots are held out in
-    proportion to the classes. Both parts keep the order of the shots.
+    The fitting ones are drawn first. The hold-out is a fraction of all shots; it is taken from those not
+    drawn (at most all of them) or, where every shot was drawn, from the drawn ones. Labelled shots are held
+    out in proportion to the classes. Both parts keep the order of the shots.
 
     Parameters
     ----------
@@ -174,8 +169,8 @@ def split(
     per_class, max_shots : int, optional
         How many to draw for fitting, of each class or in all; not both.
     holdout : float in [0, 1) or Shots
-        Fraction held out; at least one shot is held out and one left. 0: judge on the fitting shots. Shots: judge
-        on these.
+        Fraction held out; at least one shot is held out and one left. 0: judge on the fitting shots. Shots:
+        judge on these.
     seed : int
         Of every draw.
 
@@ -192,8 +187,9 @@ def split(
     """
     if per_class is not None and max_shots is not None:
         raise JobError("--per-class and --max-shots both say how many shots to draw.\n  Give one of them.")
-    if min(per_class or 1, 1 if max_shots is None else max_shots, 1 if per_class is None else per_class) < 1:
-        raise JobError("--per-class and --max-shots must be at least 1.")
+    for name, number in (("per-class", per_class), ("max-shots", max_shots)):
+        if number is not None and number < 1:
+            raise JobError(f"--{name} {number} draws nothing.\n  Give at least 1.")
     generator = np.random.default_rng(seed)
     everything = np.arange(len(shots))
     drawn = everything
@@ -247,7 +243,7 @@ def synthetic(ports: Sequence[Port], count: int, generator: np.random.Generator)
             inputs[port.name] = generator.standard_normal((count, *sizes)).astype(port.dtype)
         else:
             raise ShotsError(
-                f"input '{port.name}' takes {port.dtype}, which cannot be invented.\n  Give real samples: --shots."
+                f"input '{port.name}' takes {port.dtype}, which cannot be invented.\n  Give real samples: --shots PATH."
             )
     return Shots(inputs, None, tuple(f"synthetic[{row}]" for row in range(count)))
 
@@ -330,23 +326,22 @@ def _read_arrays(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, lo
     arrays, others = load_arrays(path, {*names, "images", "labels"})
     labels = None if "labels" in names else arrays.pop("labels", None)
     if len(ports) == 1 and names[0] not in arrays:
-        sole = arrays.get("", arrays.get("images"))
-        arrays = {} if sole is None else {names[0]: sole}
+        sole = arrays.pop("", arrays.pop("images", None))
+        arrays |= {} if sole is None else {names[0]: sole}
     if missing := [name for name in names if name not in arrays]:
         keys = [*arrays, *(() if labels is None else ("labels",)), *others]
+        held = f"has the keys {some(keys)}" if any(keys) else "holds one array without a name"
         also = " or 'images'" if len(ports) == 1 else ""
         raise ShotsError(
-            f"'{path}' has the keys {some([key for key in keys if key]) or 'of no .npz'}; it lacks {some(missing)}{also}.\n"
-            "  Save an array for each graph input under its name, and 'labels' if they are known."
+            f"'{path}' {held}; wanted and not there: {some(missing)}{also}.\n"
+            "  Save an .npz with an array for each graph input under its name, and 'labels' if known."
         )
     if others:
         log(Event("shots", f"'{path}': left aside the keys {some(others)}"))
     values = {port.name: _fill(arrays[port.name], port, preprocess, str(path)) for port in ports}
     counts = {name: len(rows) for name, rows in values.items()}
     if len(set(counts.values())) > 1:
-        raise ShotsError(
-            f"the arrays of '{path}' have different numbers of rows: {counts}.\n  Axis 0 counts shots."
-        )
+        raise ShotsError(f"the arrays of '{path}' have different numbers of rows: {counts}.\n  Axis 0 counts shots.")
     count = counts[names[0]]
     if labels is not None:
         labels = check_labels(labels, count, f"'{path}'")
@@ -368,8 +363,8 @@ def _fill(array: Array, port: Port, preprocess: Preprocess, where: str) -> Array
             "  Images are (n, h, w), (n, h, w, c) or (n, c, h, w) with c = 1 or 3."
         )
     try:
-        first = fit(pixels[0], wanted, preprocess)
-        if first is not pixels[0]:
+        image = pixels[0]
+        if fit(image, wanted, preprocess) is not image:
             pixels = np.stack([fit(image, wanted, preprocess) for image in pixels])
     except ShotsError as error:
         raise ShotsError(f"the images of '{where}' cannot be used: {error}.") from error
@@ -381,14 +376,14 @@ def _fill(array: Array, port: Port, preprocess: Preprocess, where: str) -> Array
 def _labels_of(parts: list[_Part], path: Path | None, kept: Array) -> Array | None:
     if path is not None:
         return read_labels(path, parts[0].ids)[kept]
-    known = [part for part in parts if part.labels is not None]
-    for part in known[1:]:
-        if not np.array_equal(part.labels, known[0].labels):
+    known = [(part.where, part.labels) for part in parts if part.labels is not None]
+    for where, classes in known[1:]:
+        if not np.array_equal(classes, known[0][1]):
             raise ShotsError(
-                f"'{known[0].where}' and '{part.where}' label the same rows differently.\n"
+                f"'{known[0][0]}' and '{where}' label the same rows differently.\n"
                 "  Put the rows in one order, or pass --labels."
             )
-    return known[0].labels[kept] if known and known[0].labels is not None else None
+    return known[0][1][kept] if known else None
 
 
 def _check_varied(shots: Shots, log: Log) -> None:
@@ -396,7 +391,7 @@ def _check_varied(shots: Shots, log: Log) -> None:
     values = list(shots.inputs.values())
     if all(rows.size > 1 and (rows == rows.flat[0]).all() for rows in values):
         raise ShotsError(
-            f"all values of all {len(shots)} shots are {values[0].flat[0]}: constant data tells nothing of a model.\n"
+            f"all values of all {len(shots)} shots are {values[0].flat[0]}: constant data shows nothing.\n"
             "  Check how the samples were written, and the preset."
         )
     if len(shots) > 1 and all((rows == rows[:1]).all() for rows in values):

@@ -1,7 +1,7 @@
 """Minimise a layer's quadratic error with part of its weights gone.
 
-Every solver is a callable `(q, start, structure, keep) -> Solution`: deterministic, in float64, on whatever device `q`
-lives. None sees an image, so the cost does not grow with the number of shots. Dimensions: see `moments`.
+Every solver is a callable `(q, start, structure, keep) -> Solution`: deterministic, in float64, on whatever
+device `q` lives. None sees an image, so the cost does not grow with the number of shots. Dimensions: see `moments`.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class Solver(Protocol):
 
 
 def refit(q: Quadratic, mask: Tensor, start: Tensor) -> Tensor:
-    """The best weights with a given support: exact least squares.
+    """Best weights with a given support: exact least squares.
 
     Parameters
     ----------
     mask : BoolTensor (g, o, d)
         The weights that may differ from zero.
     start : (g, o, d)
-        Decides where the minimum is not unique (more unknowns than shots, no ridge): the nearest one is taken.
+        Decides where the minimum is not unique (more unknowns than shots, no ridge): the nearest is taken.
 
     Returns
     -------
@@ -85,10 +85,10 @@ class PGD:
     rate : float
         Learning rate of Adam, on the error averaged over outputs and positions.
     ramp : {'kept', 'lambda'}
-        'kept': what the published code does: the number of units kept falls linearly, the others are set to zero and
-        never come back; nothing is shrunk. 'lambda': what the text says: soft thresholds whose strength only rises.
+        'kept': what the published code does: the number of units kept falls linearly, the others are set to zero
+        and never come back; nothing is shrunk. 'lambda': what the text says: soft thresholds, rising strength.
     slow : float, optional
-        Factor on the rate once the units are settled. Default: 0.1 for channels and 1 for weights, as in the code.
+        Factor on the rate once the units are settled. Default: 0.1 for channels, 1 for weights, as in the code.
     freeze_bias : bool
         The last column is a bias and keeps its start value, as in the code.
     refit : bool
@@ -96,9 +96,9 @@ class PGD:
 
     Notes
     -----
-    The text leaves the growth of the threshold open. Here it is, in each step, the smallest that leaves no more units
-    than the linear ramp of 'kept' allows, and never less than in the step before; after the ramp the largest units
-    are projected onto and the shrinkage ends.
+    The text leaves the growth of the threshold open. Here it is, in each step, the smallest that leaves no more
+    units than the linear ramp of 'kept' allows, and never less than in the step before; after the ramp the largest
+    units are projected onto and the shrinkage ends.
 
     References
     ----------
@@ -191,28 +191,29 @@ class ADMM:
     Parameters
     ----------
     iterations : int
-        At most; ends as soon as the support stands still.
+        At most; ends when the support stands still.
     rho : float
         First penalty on the distance between the two, relative to a unit diagonal of H.
     ramp : int
-        Iterations over which the number of kept units falls to the target; 0 projects to the target at once.
+        Iterations over which the number of kept units falls to the target, at most half of all;
+        0 projects onto the target at once.
     refit : bool
         End with exact least squares on the support.
 
     Notes
     -----
-    After ALPS [1]_: columns are scaled to a unit diagonal of H, so that a weight's size says what it contributes, and
-    rho grows faster while the support still moves much. One eigendecomposition serves every rho.
+    After ALPS [1]_: columns are scaled to a unit diagonal of H, so that a weight's size says what it contributes,
+    and rho grows faster while the support still moves much. One eigendecomposition serves every rho.
 
     References
     ----------
-    .. [1] Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
-       NeurIPS 2024. arXiv:2406.07831
+    .. [1] Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
+       Models", NeurIPS 2024. arXiv:2406.07831
     """
 
     iterations: int = 300
-    rho: float = 0.1
-    ramp: int = 0
+    rho: float = 0.01
+    ramp: int = 30
     refit: bool = True
 
     def __post_init__(self) -> None:
@@ -226,34 +227,36 @@ class ADMM:
         start = start.to(q.hess)
         if keep == structure.count:
             mask = torch.ones_like(start, dtype=torch.bool)
-            return _solution(q, refit(q, mask, start), mask, 0, True)
+            return _solution(q, refit(q, mask, start) if self.refit else start, mask, 0, True)
         scale = q.hess.diagonal(dim1=1, dim2=2).sqrt()[:, None]
         scale = torch.where(scale > 0, scale, 1.0)
         lin = q.lin / scale
         values, vectors = torch.linalg.eigh(q.hess / (scale * scale.mT))
-        rho, dual = self.rho, torch.zeros_like(start)
+        rho, dual, quiet, step = self.rho, torch.zeros_like(start), 0, 0
+        ramp = min(self.ramp, self.iterations // 2)
         sparse = start * scale
-        mask = structure.project(sparse, keep if not self.ramp else structure.count)
-        sparse, anchor, converged, step = sparse * mask, mask, False, 0
+        mask = structure.project(sparse, _falling(structure.count, keep, 0, ramp))
+        sparse, anchor = sparse * mask, mask
         for step in range(1, self.iterations + 1):
             dense = ((lin - dual + rho * sparse) @ vectors / (values[:, None] + rho)) @ vectors.mT
-            target = _falling(structure.count, keep, step, self.ramp)
+            target = _falling(structure.count, keep, step, ramp)
             aim = dense + dual / rho
             mask = structure.project(aim, target)
             sparse = aim * mask
             dual += rho * (dense - sparse)
-            if step % 3 == 0 and step > self.ramp:
+            if step % 3 == 0 and step > ramp:
                 moved = int((mask ^ anchor).sum()) / 2
                 anchor = mask
-                if moved == 0:
-                    converged = True
+                quiet = 0 if moved else quiet + 1
+                if quiet == 3:
                     break
                 share = moved / int(mask.sum())
-                rho *= 1.3 if share > 0.1 else 1.2 if share > 0.005 else 1.1
+                # Slower than in the paper: few shots make H ill-conditioned, and a support frozen early is a bad one.
+                rho *= 1.1 if share > 0.1 else 1.05 if share > 0.005 else 1.03
         weight = sparse / scale
         if self.refit:
             weight = refit(q, mask, weight)
-        return _solution(q, weight, mask, step, converged)
+        return _solution(q, weight, mask, step, quiet == 3)
 
 
 @dataclass(frozen=True)
@@ -286,10 +289,8 @@ class Greedy:
         return _solution(q, refit(q, mask, start), mask, steps, True)
 
 
-def remove_jointly(
-    problems: Sequence[tuple[Quadratic, Tensor, Channel]], keep: int, *, swaps: int = 0
-) -> Tensor:
-    """The channels to keep when several layers read the same ones.
+def remove_jointly(problems: Sequence[tuple[Quadratic, Tensor, Channel]], keep: int, *, swaps: int = 0) -> Tensor:
+    """Channels to keep when several layers read the same ones.
 
     Parameters
     ----------
@@ -306,8 +307,8 @@ def remove_jointly(
 
     Notes
     -----
-    A channel costs the sum over layers of the rise in error, each as a share of what that layer's teacher puts out;
-    else a layer with large activations would decide alone.
+    A channel costs the sum over layers of the rise in error, each as a share of what that layer's teacher puts
+    out; else a layer with large activations would decide alone.
     """
     units = max(channel.count for _, _, channel in problems)
     if not 1 <= keep <= units:
@@ -358,7 +359,7 @@ def _minimum(hess: Tensor, right: Tensor, real: Tensor) -> Tensor:
     eye = torch.eye(hess.shape[1], dtype=hess.dtype, device=hess.device)
     factor, failed = torch.linalg.cholesky_ex(torch.where(both, hess, eye))
     x = torch.cholesky_solve(right.mT, factor).mT
-    bad = (failed > 0) | _near_singular(factor)
+    bad = (failed > 0) | _near_singular(factor, hess.shape[1] * torch.finfo(hess.dtype).eps)
     if bool(bad.any()):
         # Zero instead of the identity in the padding: zero eigenvalues are dropped below.
         values, vectors = torch.linalg.eigh(hess[bad] * both[bad])
@@ -368,17 +369,17 @@ def _minimum(hess: Tensor, right: Tensor, real: Tensor) -> Tensor:
     return x * real[:, None]
 
 
-def _near_singular(factor: Tensor) -> Tensor:
-    """Whether the pivots of Cholesky factors (b, k, k) are mere rounding."""
+def _near_singular(factor: Tensor, floor: float) -> Tensor:
+    """Whether a pivot of Cholesky factors (b, k, k) is less than that share of the diagonal, (b,)."""
     pivots = factor.diagonal(dim1=-2, dim2=-1)
     rows = factor.square().sum(-1)  # the diagonal of what was factored
-    return (pivots.square() <= rows * factor.shape[-1] * torch.finfo(factor.dtype).eps).any(-1)
+    return (pivots.square() <= rows * floor).any(-1)
 
 
 def _reader(q: Quadratic, start: Tensor, channel: Channel, units: int) -> Reader:
-    """The layer as `removal` wants it: positive definite, its error a share of the teacher's energy."""
+    """Layer as `removal` wants it: positive definite, its error a share of the teacher's energy."""
     factor, failed = torch.linalg.cholesky_ex(q.hess)
-    if bool((failed > 0).any()) or bool(_near_singular(factor).any()):
+    if bool(((failed > 0) | _near_singular(factor, 1e-9)).any()):
         # Costs need an inverse. This pull only breaks ties among weights that fit the shots equally well.
         q = damped(q, start, 1e-8, bias=False)
     missing = torch.full((units - channel.count, channel.table.shape[1]), -1, dtype=torch.long)
@@ -388,7 +389,7 @@ def _reader(q: Quadratic, start: Tensor, channel: Channel, units: int) -> Reader
 
 
 def _threshold(scores: Tensor, keep: int) -> float:
-    """The smallest strength at which at most `keep` units survive."""
+    """Smallest strength at which at most `keep` units survive."""
     count = scores.numel()
     return float(scores.kthvalue(count - keep).values) if keep < count else 0.0
 

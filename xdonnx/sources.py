@@ -1,4 +1,4 @@
-"""What lies at a path that shots are read from: image files, arrays, labels. Nothing is decoded or judged here."""
+"""What lies where shots are read from: image files, arrays, labels; nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-IMAGE_SUFFIXES = frozenset(
-    ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
-)
+_IMAGES = ("bmp", "gif", "jpeg", "jpg", "pbm", "pgm", "png", "ppm", "tif", "tiff", "webp")
+IMAGE_SUFFIXES = frozenset(f".{ending}" for ending in _IMAGES)
 ARRAY_SUFFIXES = frozenset((".npy", ".npz"))
 FORMATS = "a folder of images (sub-folders are classes), an image, .npz, .npy, or a .txt list of image paths"
 
@@ -129,10 +128,11 @@ def load_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, Array], 
     if path.stat().st_size == 0:
         raise ShotsError(f"'{path}' has 0 bytes.\n  Write or copy it again.")
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"": loaded}, ()
-        with loaded:
+        # Opened here, since numpy leaves a damaged file open.
+        with path.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {"": loaded}, ()
             arrays = {key: loaded[key] for key in loaded.files if key in wanted}
             return arrays, tuple(key for key in loaded.files if key not in wanted)
     except Exception as error:
@@ -140,7 +140,7 @@ def load_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, Array], 
         if "pickle" in str(error):
             raise ShotsError(
                 f"'{path}' holds pickled Python objects, which are never loaded: they can run code.\n"
-                "  Save plain numbers: np.savez(path, images=..., labels=...) of arrays whose dtype is not object."
+                "  Save plain numbers, np.savez(path, images=..., labels=...), none of dtype object."
             ) from error
         raise ShotsError(
             f"'{path}' cannot be read: {error}.\n  It is no array file, or cut short; write or copy it again."
@@ -153,8 +153,8 @@ def read_labels(path: Path, ids: tuple[str, ...]) -> Array:
     Parameters
     ----------
     path : Path
-        Text with one integer a line in the order of the rows, or with `name label` lines in any order, where a
-        name is a row's id or the last part of it; or an `.npy`, or an `.npz` with the key `labels`.
+        Text with one integer a line in the order of the rows, or with `name label` lines in any order, where
+        a name is a row's id or the last part of it; or an `.npy`, or an `.npz` with the key `labels`.
     ids : tuple of str
         Names of the rows.
 
@@ -229,9 +229,7 @@ def _list_folder(folder: Path) -> Listing:
     # A hidden entry is never a shot: .DS_Store, ._cat.png, .ipynb_checkpoints.
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     if not entries:
-        raise ShotsError(
-            f"'{folder}' is an empty folder.\n  Put images into it, in a sub-folder for each class."
-        )
+        raise ShotsError(f"'{folder}' is an empty folder.\n  Put images into it, in a sub-folder for each class.")
     folders = [entry for entry in entries if entry.is_dir()]
     loose, ignored = _sift([entry for entry in entries if not entry.is_dir()])
     inside: list[tuple[Path, int]] = []
@@ -243,7 +241,7 @@ def _list_folder(folder: Path) -> Listing:
     if loose and inside:
         raise ShotsError(
             f"'{folder}' holds {len(inside)} images in sub-folders and {len(loose)} beside them, such as "
-            f"'{loose[0].name}'.\n  Sub-folders are classes: move every image into one, or all into one folder."
+            f"'{loose[0].name}'.\n  Sub-folders are classes: move every image into one, or all of them out."
         )
     paths = loose or [image for image, _ in inside]
     if not paths:
@@ -273,13 +271,9 @@ def _class_numbers(folder: Path, names: list[str]) -> list[int]:
     for number, times in Counter(numbers).items():
         if times > 1:
             twins = [name for name in names if int(name) == number]
-            raise ShotsError(
-                f"'{folder}' has {times} sub-folders for class {number}: {some(twins)}.\n  Merge them."
-            )
+            raise ShotsError(f"'{folder}' has {times} sub-folders for class {number}: {some(twins)}.\n  Merge them.")
         if number > np.iinfo(np.int64).max:
-            raise ShotsError(
-                f"'{folder}' has a sub-folder '{number}', which is too large for a class number."
-            )
+            raise ShotsError(f"'{folder}' has a sub-folder '{number}', which is too large for a class number.")
     return numbers
 
 

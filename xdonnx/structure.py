@@ -99,8 +99,8 @@ class Channel:
     Parameters
     ----------
     columns : LongTensor (d,)
-        The unit that each column belongs to, 0 ... count - 1; -1 for columns that stay (bias, pinned channels).
-        Units may differ in how many columns they hold.
+        The unit that each column belongs to, 0 ... count - 1; -1 for columns that stay (bias, pinned
+        channels). Units may differ in how many columns they hold.
     """
 
     columns: Tensor
@@ -144,7 +144,7 @@ class Channel:
     def spread(self, kept: Tensor, w: Tensor) -> Tensor:
         """Mask (g, o, d) that keeps the channels marked in `kept` (count,) and every column of no unit."""
         columns = self.columns.to(w.device)
-        return (kept.to(w.device)[columns.clamp(min=0)] | (columns < 0)).expand(w.shape)
+        return (kept.to(w.device)[columns.clamp(min=0)] | (columns < 0)).expand(w.shape).contiguous()
 
     def prox(self, w: Tensor, strength: float) -> Tensor:
         """Group soft threshold, `max(1 - strength / norm, 0) * w`: the prox of the sum of L2 norms."""
@@ -158,14 +158,14 @@ class Channel:
 class NofM:
     """Of every m consecutive input channels, n weights stay, for each row and kernel offset.
 
-    A unit is a single weight. Solutions keep exactly `least` of them (the pattern) or all; in between, `project` keeps
-    the n largest of each block and lets the others compete, so that solvers can approach the pattern step by step.
+    A unit is a single weight. Solutions keep exactly `least` of them (the pattern) or all; in between, `project`
+    keeps the n largest of each block and lets the others compete, so that solvers can approach it step by step.
 
     Parameters
     ----------
     n, m : int
-        Blocks run along input channels at one kernel offset, which is what hardware wants; not along the order of a
-        flattened weight. A last block of fewer than m channels keeps at most n as well.
+        Blocks run along input channels at one kernel offset, which is what hardware wants; not along the order
+        of a flattened weight. A last block of fewer than m channels keeps at most n as well.
     kernel_size : int
         Columns per input channel.
     free : BoolTensor (d,)
@@ -199,12 +199,12 @@ class NofM:
         """Raise JobError unless `keep` is what the pattern keeps, or all."""
         if keep not in (self.least, self.count):
             raise JobError(
-                f"{self.n}:{self.m} keeps {self.least} of the {self.count} weights of this layer, not {keep}.\n"
+                f"{self.n}:{self.m} keeps {self.least} of the {self.count} weights here, not {keep}.\n"
                 f"  Pass keep={self.least}, or another structure."
             )
 
     def scores(self, w: Tensor) -> Tensor:
-        """Absolute value of every free weight, (count,); infinite for the n largest of each block, which stay."""
+        """Absolute value of every free weight, (count,); infinite for the n largest of a block, which stay."""
         size = w.abs()
         blocks = self._blocks(torch.where(self.free.to(w.device), size, -1.0), -1.0)
         rank = torch.zeros_like(blocks, dtype=torch.long)
@@ -221,7 +221,7 @@ class NofM:
         return _scatter(_largest(self.scores(w), keep), self.free, w)
 
     def prox(self, w: Tensor, strength: float) -> Tensor:
-        """Soft threshold of what the pattern drops: the prox of the sum of the m - n smallest of each block."""
+        """Soft threshold of what the pattern drops: the prox of the sum of the m - n smallest of a block."""
         return torch.where(self.project(w, self.least), w, _soft(w, strength))
 
     def _blocks(self, values: Tensor, fill: float) -> Tensor:

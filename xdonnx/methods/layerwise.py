@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xdonnx.budget import Plan, pattern_of
 from xdonnx.connection import Connection, Quadratic, correction, damped, objective, regression
-from xdonnx.convert import Program
+from xdonnx.convert import Program, stored
 from xdonnx.events import Event, Log, ignore
 from xdonnx.graph import Group, Net
 from xdonnx.layers import Layer
@@ -144,7 +144,7 @@ class _Visitor:
         weights: Weights | None = None
         if self._open(stop):
             weights, before, after = self._fit(stop)
-            self.tensors[layer.weight] = weights[0].cpu().numpy()
+            self.tensors[layer.weight] = stored(layer, weights[0]).cpu().numpy()
             if layer.bias is not None and weights[1] is not None:
                 self.tensors[layer.bias] = weights[1].cpu().numpy()
         self.traces.append(Trace(layer.name, before, after, time.perf_counter() - began))
