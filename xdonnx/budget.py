@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from xdonnx.errors import JobError, NothingToDo
+from xdonnx.errors import JobError, NothingToDo, did_you_mean
 from xdonnx.graph import Group, Net
 from xdonnx.layers import Layer
 
@@ -32,8 +32,10 @@ class Budget:
         'channel', 'element', or 'n:m' such as '2:4'.
     include, exclude : tuple of str
         Patterns (`*`, `?`, `[...]`) over layer and node names. Channels go by the layers that make them.
-    round_to : int
-        Channels are kept in multiples of this where a layer has as many.
+    round_to : int or None
+        Channels are kept in multiples of this where a layer has as many. None: for a target over the whole network 8
+        where a layer has at least 32 channels and 4 where it has at least 8, since onnxruntime's convolutions are slow
+        at other widths; for 'keep' exactly the fraction.
     residual : bool
         Whether channels that several layers add into may go too.
     """
@@ -43,7 +45,7 @@ class Budget:
     structure: str = "channel"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    round_to: int = 1
+    round_to: int | None = None
     residual: bool = False
 
 
@@ -81,7 +83,8 @@ def pattern_of(structure: str) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", structure)
     if not found or not 1 <= int(found[1]) < int(found[2]):
-        raise JobError(f"unknown structure '{structure}'.\n  Structures: channel, element, or n:m such as 2:4.")
+        near = did_you_mean(structure, ("channel", "element", "2:4"))
+        raise JobError(f"unknown structure '{structure}'.{near}\n  Structures: channel, element, or n:m such as 2:4.")
     return int(found[1]), int(found[2])
 
 
@@ -100,7 +103,7 @@ def make_plan(net: Net, budget: Budget) -> Plan:
     if not 0 < budget.amount <= 1 or (budget.kind == "keep" and budget.amount == 1):
         limits = "above 0 and below 1" if budget.kind == "keep" else "above 0 % and at most 100 %"
         raise JobError(f"--{budget.kind} is {budget.amount:g}.\n  It is a fraction: {limits}.")
-    if budget.round_to < 1:
+    if budget.round_to is not None and budget.round_to < 1:
         raise JobError(f"--round-to is {budget.round_to}.\n  It is a number of channels: 1 or more.")
     pattern = pattern_of(budget.structure)
     named = _named(net, budget)
@@ -185,7 +188,7 @@ def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
         raise NothingToDo(f"no channel may go.\n  {hint}")
 
     def counts(fraction: float) -> dict[int, int]:
-        return {at: _rounded(net.groups[at], fraction, budget.round_to) for at in groups}
+        return {at: _rounded(net.groups[at], fraction, _multiple(net.groups[at], budget)) for at in groups}
 
     if budget.kind == "keep":
         chosen = counts(budget.amount)
@@ -214,6 +217,14 @@ def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
     if not losing:
         raise NothingToDo("every layer would keep all its channels.\n  Ask for a smaller target or a finer --round-to.")
     return Plan("channel", channels=losing)
+
+
+def _multiple(group: Group, budget: Budget) -> int:
+    if budget.round_to is not None:
+        return budget.round_to
+    if budget.kind == "keep":
+        return 1
+    return 8 if len(group.ids) >= 32 else 4 if len(group.ids) >= 8 else 1
 
 
 def _rounded(group: Group, fraction: float, multiple: int) -> int:
