@@ -1,1 +1,80 @@
-"""Make an ONNX CNN smaller and faster from a handful of samples, checked in onnxruntime."""
+"""Make an ONNX CNN smaller and faster from a handful of samples, checked in onnxruntime.
+
+>>> import xdonnx
+>>> report = xdonnx.run(xdonnx.Job(model="teacher.onnx", shots=("shots/",), out="student.onnx"))  # doctest: +SKIP
+
+Names are looked up when they are used, so that importing this package costs neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xdonnx.budget import Budget, make_plan
+    from xdonnx.errors import XdonnxError
+    from xdonnx.gate import Gate
+    from xdonnx.graph import Net, read_net
+    from xdonnx.images import Preprocess
+    from xdonnx.job import Job, run
+    from xdonnx.model import read_proto
+    from xdonnx.patch import Patch, cut
+    from xdonnx.report import Report, read_report, write_report
+    from xdonnx.shots import Shots, read_shots
+    from xdonnx.verify import verify
+
+_HOME = {
+    "Budget": "budget",
+    "Gate": "gate",
+    "Job": "job",
+    "Net": "graph",
+    "Patch": "patch",
+    "Preprocess": "images",
+    "Report": "report",
+    "Shots": "shots",
+    "XdonnxError": "errors",
+    "cut": "patch",
+    "make_plan": "budget",
+    "read_net": "graph",
+    "read_proto": "model",
+    "read_report": "report",
+    "read_shots": "shots",
+    "run": "job",
+    "verify": "verify",
+    "write_report": "report",
+}
+
+__all__ = [
+    "Budget",
+    "Gate",
+    "Job",
+    "Net",
+    "Patch",
+    "Preprocess",
+    "Report",
+    "Shots",
+    "XdonnxError",
+    "cut",
+    "make_plan",
+    "read_net",
+    "read_proto",
+    "read_report",
+    "read_shots",
+    "run",
+    "verify",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'xdonnx' has no attribute '{name}'")
+    # A submodule of the same name (verify) takes its place in the package once imported; the function wins.
+    found = getattr(importlib.import_module(f"xdonnx.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -185,6 +185,8 @@ def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
     if not groups:
         streams = sum(group.stream is not None for group in net.groups)
         hint = "--residual would free channels that several layers add into." if streams else _why_not(net)
+        if budget.include or budget.exclude:
+            hint = "Widen --include or --exclude: channels go only where every layer that makes them is named."
         raise NothingToDo(f"no channel may go.\n  {hint}")
 
     def counts(fraction: float) -> dict[int, int]:

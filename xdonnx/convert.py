@@ -141,7 +141,8 @@ def convert(net: Net, device: torch.device) -> Program:
         # A torchvision built for another torch raises any of these while onnx2torch imports it.
         raise MachineError(
             f"onnx2torch does not import: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
-            "  Most often torchvision does not fit torch: python -m pip install --upgrade torch torchvision"
+            "  Most often torchvision does not fit torch: python -m pip install --upgrade torch torchvision\n"
+            "  For a torch of another index, such as a CPU build, xdonnx doctor has the line."
         ) from error
     register()
     proto = _with_shapes(net)
@@ -335,7 +336,7 @@ class InOnnxruntime(nn.Module):
     def __init__(self, node: onnx.NodeProto, opsets: dict[str, int], inputs: list[str]) -> None:
         super().__init__()
         self.node, self.opsets, self.names = node, opsets, inputs
-        self._opened: dict[tuple[int, ...], Any] = {}  # by the inputs' types and ranks
+        self._opened: dict[tuple[Any, ...], Any] = {}  # by the inputs' types and known shapes
 
     def _open(self, values: Sequence[np.ndarray]) -> Any:
         kinds = [onnx.helper.np_dtype_to_tensor_dtype(value.dtype) for value in values]
@@ -343,7 +344,7 @@ class InOnnxruntime(nn.Module):
             [self.node],
             "node",
             [
-                onnx.helper.make_tensor_value_info(name, kind, [None] * value.ndim)
+                onnx.helper.make_tensor_value_info(name, kind, _known_shape(value))
                 for name, kind, value in zip(self.names, kinds, values, strict=True)
             ],
             [onnx.ValueInfoProto(name=name) for name in self.node.output if name],
@@ -361,7 +362,7 @@ class InOnnxruntime(nn.Module):
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Run the node on the CPU and bring the answers back."""
         arrays = [value.detach().cpu().numpy() for value in values]
-        key = tuple(onnx.helper.np_dtype_to_tensor_dtype(array.dtype) * 16 + array.ndim for array in arrays)
+        key = tuple((array.dtype.str, _known_shape(array)) for array in arrays)
         if key not in self._opened:
             self._opened[key] = self._open(arrays)
         names = [name for name in self.node.output if name]
@@ -370,3 +371,8 @@ class InOnnxruntime(nn.Module):
         made = iter(torch.tensor(found[name], device=device) for name in names)
         empty = torch.empty(0, device=device)
         return tuple(next(made) if name else empty for name in self.node.output)
+
+
+def _known_shape(array: np.ndarray) -> tuple[int | None, ...]:
+    # Shapes and sizes come as vectors whose length onnxruntime must know; rows of samples may be any number.
+    return tuple(array.shape) if array.ndim < 2 else (None,) * array.ndim

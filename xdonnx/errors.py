@@ -11,6 +11,11 @@ XdonnxError                 exit
 A failed gate is not an error: the report says which number, and the exit code is 3.
 """
 
+from __future__ import annotations
+
+from collections.abc import Collection
+from difflib import get_close_matches
+
 
 class XdonnxError(Exception):
     """A problem that the user can act on; the text says what, where, and what to do."""
@@ -52,3 +57,9 @@ class MachineError(XdonnxError):
     """The machine lacks what the job asks for: a device, memory, disk."""
 
     exit_code = 8
+
+
+def did_you_mean(word: str, choices: Collection[str]) -> str:
+    """Return ' Did you mean 'x'?' where a choice is near the word, else nothing; made to follow a full stop."""
+    near = get_close_matches(word, choices, n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -90,10 +90,8 @@ def _cubic_row(position: float, size: int, a: float, exclude_outside: bool) -> l
     low = math.floor(position)
     for at in range(low - 1, low + 3):
         t = abs(position - at)
-        if t <= 1:
-            weight = (a + 2) * t**3 - (a + 3) * t**2 + 1
-        else:
-            weight = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+        near, far = (a + 2) * t**3 - (a + 3) * t**2 + 1, a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+        weight = near if t <= 1 else far
         if exclude_outside and not 0 <= at < size:
             continue
         row[min(max(at, 0), size - 1)] += weight

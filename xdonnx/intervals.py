@@ -156,6 +156,13 @@ def wilson(hits: int, samples: int, confidence: float = 0.95) -> Interval:
     return Interval(100 * share, 100 * low, 100 * high, confidence, "wilson")
 
 
+def drop_interval(of: str, lost: int, gained: int, samples: int, confidence: float = 0.95) -> Interval:
+    """Return the interval of a drop of 'accuracy', Tango's, or of 'agreement', Wilson's of the disagreement."""
+    if of == "accuracy":
+        return tango(lost, gained, samples, confidence)
+    return wilson(lost, samples, confidence)
+
+
 def relative_error(
     errors: ArrayLike,
     sizes: ArrayLike,
@@ -181,7 +188,9 @@ def relative_error(
     Interval
         Of sqrt(sum(errors) / sum(sizes)), without unit.
 
-    Notes ----- Resamples whose teacher is zero throughout say nothing about a ratio and are left out. With
+    Notes
+    -----
+    Resamples whose teacher is zero throughout say nothing about a ratio and are left out. With
     very few samples the percentile bootstrap is too narrow, of width zero for one: it never sees an error
     worse than the worst.
 

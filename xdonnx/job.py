@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict
 
 from xdonnx.budget import KINDS, Budget, Plan, make_plan, pattern_of
 from xdonnx.convert import checked, convert
-from xdonnx.errors import JobError, MachineError, VerifyError
+from xdonnx.errors import JobError, MachineError, ShotsError, VerifyError, did_you_mean
 from xdonnx.events import Event, Log, ignore
+from xdonnx.fidelity import fixed_batch
 from xdonnx.gate import Gate
 from xdonnx.graph import Net, read_net
 from xdonnx.images import Preprocess
@@ -98,7 +99,13 @@ class Job(BaseModel):
     def methods(self) -> list[Any]:
         """Return the methods with their options; raises JobError for combinations that make no sense."""
         options = self.model_dump(include={"connection", "mu", "alpha", "beta", "solver", "ridge"})
-        made = [make(name, {**options, "effort": self.preset_effort}) for name in self.method]
+        options["effort"] = self.preset_effort
+        made = [make(name, options) for name in self.method]
+        defaults = {"connection": "auto", "solver": "auto", "effort": "balanced"}
+        for name, value in options.items():
+            if value != defaults.get(name) and not any(hasattr(method, name) for method in made):
+                flag = "preset-effort" if name == "effort" else name
+                raise JobError(f"--{flag} is no option of --method {' or '.join(self.method)}.\n  Leave it out.")
         for method in made:
             method.check(self.structure)
         return made
@@ -181,6 +188,13 @@ def prepared(job: Job, log: Log = ignore) -> Prepared:
     ports = sized(interface(proto).inputs, job.input_shape)
     whole, held = _read_shots(job, ports, log)
     fit, held_out = split(whole, per_class=job.per_class, max_shots=job.max_shots, holdout=held, seed=job.seed)
+    batch = fixed_batch(ports, whole) or 1
+    for part, does in ((fit, "fit"), (held_out, "judge")):
+        if len(part) < batch:
+            raise ShotsError(
+                f"the graph takes {batch} samples at once, and {len(part)} {does}.\n"
+                "  Give more samples, or export the model with a free batch axis."
+            )
     # Reading the shots has warned of the first five by name.
     for name in whole.skipped[5:]:
         log(Event("shots", f"left out, unreadable: {name}", level="warning"))
@@ -216,6 +230,10 @@ def _fraction(text: str) -> float | None:
 
 
 def _check_out(job: Job) -> None:
+    whens = ("auto", "always", "never")
+    if job.external_data not in whens:
+        near = did_you_mean(job.external_data, whens)
+        raise JobError(f"unknown --external-data '{job.external_data}'.{near}\n  Choices: {', '.join(whens)}.")
     if not job.out.parent.is_dir():
         raise JobError(f"the folder of '{job.out}' does not exist.\n  Make it: mkdir -p '{job.out.parent}'")
     if job.out.is_dir():
@@ -250,7 +268,8 @@ def _check_same(silenced: onnx.ModelProto, student: onnx.ModelProto, inputs: Map
     for name, array in expected.items():
         if array.dtype.kind != "f":
             continue
-        scale = max(float(np.abs(array).max(initial=0.0)), 1e-6)
+        # Below 0.01 the absolute gap counts: onnxruntime's Sigmoid is inexact near zero.
+        scale = max(float(np.abs(array).max(initial=0.0)), 1e-2)
         gap = float(np.abs(array - found[name]).max(initial=0.0)) / scale
         if not gap <= SAME:
             raise VerifyError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xdonnx.prepare import add_initializer, constant
+from xdonnx.prepare import add_initializer, constant, set_array
 
 Ids = np.ndarray  # int64, one label per channel
 
@@ -169,12 +169,19 @@ class Labels:
 
     def count_attribute(self, node: ir.Node, attribute: str, index: int | None, ids: Ids) -> None:
         """Record that a node's attribute states how many of these labels there are."""
+        if index is not None:
+            numbers = list_attribute(node, attribute) or []
+            numbers[index] = len(ids)  # one that counted from the end is written out
+            node.attributes[attribute] = ir.AttrInt64s(attribute, numbers)
         self.counts.append(Count(str(node.outputs[0].name), attribute, index, ids))
 
-    def count_input(self, node: ir.Node, position: int, entry: int, ids: Ids) -> bool:
+    def count_input(
+        self, node: ir.Node, position: int, entry: int, ids: Ids, *, inferred: tuple[int, ...] = ()
+    ) -> bool:
         """Record that entry `entry` of a shape-like input states how many of these labels there are.
 
-        Constants are made private to the node first. Returns False when the entry is computed by the graph.
+        Constants are made private to the node first, and an entry that counted from the end is written out. Entries
+        in `inferred` (0 and -1 of a Reshape) follow by themselves. Returns False when the graph computes the entry.
         """
         value = node.inputs[position]
         owner, at = node, position
@@ -196,11 +203,15 @@ class Labels:
         array = constant(value)
         if array is None or value is None:
             return False
-        if int(array.reshape(-1)[entry]) in (0, -1):
-            return True  # ONNX infers these
+        if int(array.reshape(-1)[entry]) in inferred:
+            return True
         if len(value.uses()) > 1:
             value = add_initializer(self.graph, f"{value.name}_of_{node.outputs[0].name}", array)
             owner.replace_input_with(at, value)
+        if int(array.reshape(-1)[entry]) != len(ids):
+            array = array.copy()
+            array.reshape(-1)[entry] = len(ids)
+            set_array(value, array)
         self.counts.append(Count(str(value.name), None, entry, ids))
         return True
 

@@ -230,7 +230,8 @@ def _tie_groups(labels: Labels, ids: Ids, groups: int) -> Ids:
     grid = ids.reshape(groups, -1)
     for row in grid[1:]:
         labels.tie(grid[0], row)
-    return grid[0]
+    first: Ids = grid[0]
+    return first
 
 
 def _bias(labels: Labels, node: ir.Node, at: int, out_ids: Ids) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +114,40 @@ def interface(model: onnx.ModelProto | ir.Model) -> Interface:
         metadata={entry.key: entry.value for entry in proto.metadata_props},
         doc=proto.doc_string,
     )
+
+
+def sized(ports: Sequence[Port], sizes: Mapping[str, Sequence[int]]) -> tuple[Port, ...]:
+    """Return the ports with free sizes filled in; the batch, axis 0, stays as the graph has it.
+
+    Parameters
+    ----------
+    ports : sequence of Port
+    sizes : dict
+        {port: full shape}.
+
+    Raises
+    ------
+    JobError
+        No port has that name, or its shape is another one.
+    """
+    names = [port.name for port in ports]
+    for name in sizes:
+        if name not in names:
+            raise JobError(f"--input-shape: the model has no input '{name}'.\n  Inputs: {', '.join(names)}.")
+    return tuple(_filled(port, sizes[port.name]) if port.name in sizes else port for port in ports)
+
+
+def _filled(port: Port, sizes: Sequence[int]) -> Port:
+    if port.shape is None:
+        return replace(port, shape=(None, *sizes[1:]))
+    pairs = list(zip(port.shape, sizes, strict=False))
+    fixed = [(has, asked) for has, asked in pairs[1:] if isinstance(has, int)]
+    if len(port.shape) != len(sizes) or any(has != asked for has, asked in fixed):
+        raise JobError(
+            f"--input-shape {port.name}:{'x'.join(map(str, sizes))} is not what the graph takes: '{port}'.\n"
+            "  Only free sizes can be chosen; the batch may be anything."
+        )
+    return replace(port, shape=(port.shape[0], *sizes[1:]))
 
 
 def differences(teacher: Interface, student: Interface) -> list[str]:

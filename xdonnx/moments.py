@@ -291,10 +291,9 @@ def _columns(chunk: Tensor, geometry: Geometry, bias: bool, at_once: int, dtype:
         return
     step = max(1, at_once // max(1, positions))
     for start in range(0, chunk.shape[0], step):
-        columns = unroll(chunk[start : start + step], geometry).to(dtype)
-        if bias:
-            ones = columns.new_ones((columns.shape[0], 1, columns.shape[2]))
-            columns = torch.cat([columns, ones], dim=1)
+        part = unroll(chunk[start : start + step], geometry)
+        columns = part.new_ones((part.shape[0], part.shape[1] + bias, part.shape[2]), dtype=dtype)
+        columns[:, : part.shape[1]] = part
         yield columns
 
 

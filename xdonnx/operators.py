@@ -2,8 +2,8 @@
 
 onnx2torch registers a converter for an exact schema version, so each bump of a schema loses the operator even where
 nothing but the list of types changed. Those versions get the newest converter there is; operators whose attributes
-became inputs, or that never had a converter, get one here. Every node is compared with onnxruntime before it is used, so
-a version that did change is found and not trusted.
+became inputs, or that never had a converter, get one here. Every node is compared with onnxruntime before it is used,
+so a version that did change is found and not trusted.
 """
 
 from __future__ import annotations
@@ -199,44 +199,42 @@ def _upsample(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
 
 def _resize(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
     options = node.attributes
-    mode = options.get("mode", "nearest")
     old = len(node.input_values) == 2  # opset 10: data and scales
     coordinates = options.get("coordinate_transformation_mode", "asymmetric" if old else "half_pixel")
-    nearest = options.get("nearest_mode", "floor" if old else "round_prefer_floor")
     if coordinates in ("tf_crop_and_resize", "half_pixel_symmetric") or options.get("antialias", 0):
         raise NotImplementedError(f"Resize with {coordinates}")
     if options.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise NotImplementedError("Resize that keeps the aspect ratio")
-    scales = sizes = None
-    at = 1 if old else 2
-    if len(node.input_values) > at and node.input_values[at]:
-        found = torch.as_tensor(get_const_value(node.input_values[at], graph))
-        scales = found.tolist() if found.numel() else None
-    if scales is None:
-        sizes = torch.as_tensor(get_const_value(node.input_values[3], graph)).tolist()
+    given = [name for name in node.input_values[1 if old else 2 :] if name]
+    by_size = len(node.input_values) > 3 and bool(node.input_values[3])
+    if by_size is False and given and _is_empty(given[0], graph):
+        raise NotImplementedError("Resize without scales")
+    target = node.input_values[3] if by_size else given[0]
     axes = options.get("axes")
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, target: Tensor) -> Tensor:
         where = list(range(x.ndim)) if axes is None else [axis % x.ndim for axis in axes]
-        factor: list[float] | None = None if scales is None else [1.0] * x.ndim
-        size: list[int] | None = None if sizes is None else list(x.shape)
-        for k, axis in enumerate(where):
-            if factor is not None and scales is not None:
-                factor[axis] = scales[k]
-            if size is not None and sizes is not None and axis > 0:
-                size[axis] = int(sizes[k])
+        asked = dict(zip(where, target.tolist(), strict=True))
+        # Axis 0 is the batch, whatever size the graph was exported at.
+        sizes = [int(asked.get(axis, size)) if axis else size for axis, size in enumerate(x.shape)]
         return interpolate(
             x,
-            factor,
-            size,
-            mode=mode,
+            None if by_size else [float(asked.get(axis, 1.0)) for axis in range(x.ndim)],
+            sizes if by_size else None,
+            mode=options.get("mode", "nearest"),
             coordinates=coordinates,
-            nearest=nearest,
+            nearest=options.get("nearest_mode", "floor" if old else "round_prefer_floor"),
             cubic=options.get("cubic_coeff_a", -0.75),
             exclude_outside=bool(options.get("exclude_outside", 0)),
         )
 
-    return _result(node, run, 1)
+    return OperationConverterResult(
+        Apply(run), OnnxMapping(inputs=(node.input_values[0], target), outputs=node.output_values)
+    )
+
+
+def _is_empty(name: str, graph: OnnxGraph) -> bool:
+    return name in graph.initializers and graph.initializers[name].to_torch().numel() == 0
 
 
 _REDUCE: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {

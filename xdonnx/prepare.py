@@ -1,4 +1,4 @@
-"""Bring a graph into the form that the rest reads: constants are initializers, BatchNormalization is in the convolution.
+"""Bring a graph into the form that the rest reads: constants lifted, BatchNormalization folded into its layer.
 
 Folding a BatchNormalization (Ioffe & Szegedy, 2015) with scale g, shift b, mean m, variance v into the layer before it:
 

@@ -27,6 +27,10 @@ WORTH = 1e-9
 """An exchange must save that share of the readers' energy: below it, rounding decides."""
 
 
+TRIED = 16
+"""Lost channels, those whose return would gain most, that an exchange is tried with: wide layers lose hundreds."""
+
+
 @dataclass(frozen=True, eq=False)
 class Reader:
     """One layer that reads the channels.
@@ -122,7 +126,7 @@ def _best_exchange(readers: Sequence[Reader], kept: Tensor) -> tuple[int, int] |
     returns = [_Returns(view, lost) for view in views]
     gain = torch.stack([back.gain for back in returns]).sum(0)
     best, pair = -WORTH, None
-    for at in torch.argsort(gain, descending=True, stable=True).tolist():
+    for at in torch.argsort(gain, descending=True, stable=True)[:TRIED].tolist():
         # Whoever leaves in turn costs something, so the gain bounds what an exchange can save.
         if -float(gain[at]) >= best:
             break

@@ -44,7 +44,7 @@ def reshape(labels: Labels, node: ir.Node) -> None:
         return
     track = labels.regular(spread)
     stated = len(node.inputs) > 1
-    if stated and not labels.count_input(node, 1, track.axis, track.ids):
+    if stated and not labels.count_input(node, 1, track.axis, track.ids, inferred=(0, -1)):
         labels.pin(track.ids, f"Reshape '{name}' computes its shape")
     elif not stated and "shape" in node.attributes:  # opset below 5
         target = list_attribute(node, "shape") or []
@@ -253,7 +253,7 @@ def expand(labels: Labels, node: ir.Node) -> None:
     target = constant(node.inputs[1])
     at = axis - (len(after) - len(target)) if target is not None else axis
     stated = target is None or (at >= 0 and int(target[at]) != 1)
-    if stated and not labels.count_input(node, 1, at, track.ids):
+    if stated and not labels.count_input(node, 1, at, track.ids, inferred=(-1,)):
         labels.pin(track.ids, f"Expand '{name}' computes its shape")
     labels.follow(node.outputs[0], Track(axis, track.ids))
 

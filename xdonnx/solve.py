@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xdonnx.connection import Quadratic, damped
 from xdonnx.errors import JobError
@@ -385,7 +386,12 @@ def _reader(q: Quadratic, start: Tensor, channel: Channel, units: int) -> Reader
     missing = torch.full((units - channel.count, channel.table.shape[1]), -1, dtype=torch.long)
     table = torch.cat([channel.table, missing]).to(q.hess.device)
     energy = float(q.const.sum())
-    return Reader(q.hess, q.lin, table, 1 / energy if energy > 0 else 1.0)
+    hess, lin = q.hess, q.lin
+    if bool((channel.columns >= 0).all()):
+        # A reader may lose all that it reads. A column of its own that means nothing keeps its matrices from vanishing.
+        hess, lin = functional.pad(hess, (0, 1, 0, 1)), functional.pad(lin, (0, 1))
+        hess[:, -1, -1] = 1
+    return Reader(hess, lin, table, 1 / energy if energy > 0 else 1.0)
 
 
 def _threshold(scores: Tensor, keep: int) -> float:

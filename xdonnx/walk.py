@@ -1,4 +1,4 @@
-"""Walk the graph once with teacher and student abreast, and stop at every layer while the student's weights are open."""
+"""Walk the graph once, teacher and student abreast, and stop at each layer while the student's weights are open."""
 
 from __future__ import annotations
 

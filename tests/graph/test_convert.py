@@ -98,8 +98,9 @@ def test_pad_in_every_mode(mode: str) -> None:
     "operator",
     [
         "Mish (x)", "Gelu (x)", 'Gelu <approximate = "tanh"> (x)', "HardSwish (x)",
-        "ThresholdedRelu <alpha = 0.3> (x)", "Shrink <bias = 0.1, lambd = 0.2> (x)", "Softplus (x)", "Asinh (x)", "GlobalMaxPool (x)",
-        "GlobalAveragePool (x)", "ReduceMean <keepdims = 1> (x, axes)", "ReduceL2 <keepdims = 1> (x, axes)", "ReduceSumSquare (x, axes)",
+        "ThresholdedRelu <alpha = 0.3> (x)", "Shrink <bias = 0.1, lambd = 0.2> (x)", "Softplus (x)", "Asinh (x)",
+        "GlobalMaxPool (x)", "GlobalAveragePool (x)", "ReduceMean <keepdims = 1> (x, axes)",
+        "ReduceL2 <keepdims = 1> (x, axes)", "ReduceSumSquare (x, axes)",
         "ReduceLogSumExp (x, axes)", "ReduceMax (x, axes)", "ReduceMin (x, axes)", "ReduceL1 (x, axes)",
         "SpaceToDepth <blocksize = 2> (x)", "DepthToSpace <blocksize = 2> (x)",
         'DepthToSpace <blocksize = 2, mode = "CRD"> (x)', "Trilu (x)",

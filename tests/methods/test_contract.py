@@ -110,6 +110,13 @@ def test_a_layer_too_wide_for_moments_is_fitted_from_its_columns(monkeypatch: py
     assert wide < 3 * exact + 1e-3
 
 
+def test_a_layer_too_wide_for_moments_keeps_its_budget_of_single_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xdonnx.methods.layerwise.WIDEST", 20)
+    net, plan, outcome, _ = compressed("residual", "cross", "element")
+    for name, count in plan.weights.items():
+        assert np.count_nonzero(outcome.patch.tensors[net.layers[name].weight]) <= count
+
+
 def test_l1_norm_keeps_the_filters_of_largest_norm() -> None:
     net, plan, outcome, _ = compressed("plain", "l1-norm", "channel")
     norms = np.abs(net.array("w1")).reshape(8, -1).sum(1)

@@ -3,12 +3,12 @@
 For every convolution from front to back, earlier layers already compressed:
   1. take the layer's input in the teacher, h_T, and in the student, h_S, for all shots;
   2. find weights W with the wanted sparsity that make W * h_S or W * h_T close to W_T * h_T or W_T * h_S, W_T the
-     teacher's weights. *Correction* compares both on h_T, *imitation* both on h_S; cross distillation weighs the two by mu
-     (its "Ours"), or mixes the inputs themselves with alpha and beta ("Ours-S");
+     teacher's weights. *Correction* compares both on h_T, *imitation* both on h_S; cross distillation weighs the two
+     by mu (its "Ours"), or mixes the inputs themselves with alpha and beta ("Ours-S");
   3. write W into the student and go on.
-Correction alone lets errors pile up, regression (each on its own input) fits the noise of a few shots; the crossing stands
-between. The paper solves step 2 by proximal gradient; with the three moments of the layer it is one quadratic, and ADMM
-or greedy removal with exact refits reach a lower error in a fraction of the time.
+Correction alone lets errors pile up, regression (each on its own input) fits the noise of a few shots; the crossing
+stands between. The paper solves step 2 by proximal gradient; with the three moments of the layer it is one quadratic,
+and ADMM or greedy removal with exact refits reach a lower error in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from xdonnx.budget import Plan
 from xdonnx.connection import Connection, named, soft
-from xdonnx.errors import JobError
+from xdonnx.errors import JobError, did_you_mean
 from xdonnx.graph import Net
 from xdonnx.methods.layerwise import Bench, Outcome, Rule, layerwise
 from xdonnx.patch import Patch
@@ -63,9 +63,11 @@ class Cross:
 
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
-            raise JobError(f"unknown effort '{self.effort}'.\n  Efforts: {', '.join(EFFORTS)}.")
+            near = did_you_mean(self.effort, EFFORTS)
+            raise JobError(f"unknown effort '{self.effort}'.{near}\n  Efforts: {', '.join(EFFORTS)}.")
         if self.solver != "auto" and self.solver not in SOLVERS:
-            raise JobError(f"unknown solver '{self.solver}'.\n  Solvers: auto, {', '.join(SOLVERS)}.")
+            near = did_you_mean(self.solver, SOLVERS)
+            raise JobError(f"unknown solver '{self.solver}'.{near}\n  Solvers: auto, {', '.join(SOLVERS)}.")
         if self.connection != "auto":
             named(self.connection, mu=_or(self.mu, 0.5), alpha=_or(self.alpha, 0.9), beta=_or(self.beta, 0.5))
 
@@ -78,6 +80,16 @@ class Cross:
 
     def check(self, structure: str) -> None:
         """Raise JobError for combinations that make no sense."""
+        chosen = self.connection
+        if chosen == "auto":
+            chosen = "cross" if self.effort == "paper" else "soft"
+        for name, owner in (("mu", "cross"), ("alpha", "soft"), ("beta", "soft")):
+            value = getattr(self, name)
+            if value is not None and chosen != owner:
+                raise JobError(
+                    f"--{name} belongs to --connection {owner}; this job's connection is {chosen}.\n"
+                    f"  Pass --connection {owner}, or leave --{name} out."
+                )
         if self.solver == "greedy" and structure != "channel":
             raise JobError(
                 f"--solver greedy removes whole channels and does not go with --structure {structure}.\n"

@@ -26,8 +26,8 @@ from xdonnx.solve import Solver, refit, remove_jointly
 from xdonnx.structure import Channel, Element, NofM, Structure
 from xdonnx.walk import Stop, Weights, walk
 
-# A layer with more columns than this is fitted from its columns: the moments would take over 2 GB.
-WIDEST = 10_000
+# A layer with more columns than this is fitted from its columns: the moments and their factors would take over 2 GB.
+WIDEST = 6000
 # Entries of the columns that are then held at once.
 MOST_ENTRIES = 1 << 26
 # Up to this many readers of the same channels are weighed exactly, with the others adapting; beyond, one by one.
@@ -212,7 +212,8 @@ class _Visitor:
         """Fit a layer with more columns than moments can hold, from the columns themselves.
 
         With fewer positions than columns the ridge solution is `W_T + E (X'X + lambda I)^-1 X'`, where E is what the
-        removal leaves undone (the Woodbury identity); channels go by the energy of what they add.
+        removal leaves undone (the Woodbury identity); channels go by the energy of what they add. Single weights go by
+        magnitude and the rest stays as it is: rows differ in support, and so would need a system each.
         """
         layer = stop.layer
         x_t, x_s = (sampled_columns(chunks, stop.geometry) for chunks in (stop.teacher, stop.student))
@@ -226,8 +227,15 @@ class _Visitor:
             order = torch.argsort(score, descending=True, stable=True)
             self.drop.update(int(ids[int(u)]) for u in order[self.plan.channels[at] :])
         alive = self._alive(columns)
-        mask = alive.expand(teacher.shape)
+        mask = alive.expand(teacher.shape).clone()
         target = teacher @ x_t
+        structure = weight_structure(layer, self.plan, alive, columns, teacher)
+        if structure is not None:
+            keep = min(self.plan.weights.get(layer.name, structure.least), structure.count)
+            mask[..., alive] = structure.project(teacher[..., alive], keep)
+            left = float((target - teacher * mask @ x_s).square().sum() / target.square().sum().clamp(min=1e-30))
+            weight, _ = from_matrix(teacher * mask, stop.geometry, False, tuple(stop.weight.shape))
+            return (weight.to(stop.weight), stop.bias), left, left
         undone = target - teacher[..., alive] @ x_s[:, alive]
         before = float(undone.square().sum() / target.square().sum().clamp(min=1e-30))
         gram = x_s[:, alive].mT @ x_s[:, alive]

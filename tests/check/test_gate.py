@@ -1,0 +1,207 @@
+"""Limits: at, above and below; rounding, confidence, and what cannot be judged."""
+
+from __future__ import annotations
+
+import pytest
+
+from xdonnx.errors import JobError
+from xdonnx.gate import Gate, judge, rejudge, verdict
+from xdonnx.intervals import tango, wilson
+from xdonnx.report import Drop, Fidelity, Figures, Latency, OutputError, Report, Tool, gate_line
+
+
+def figures(size: int, milliseconds: float | None = None) -> Figures:
+    speed = milliseconds and Latency(
+        median=milliseconds, q1=milliseconds, q3=milliseconds, provider="CPU", threads=1, runs=9, batch=1
+    )
+    return Figures(bytes=size, params=1, nonzero=1, macs=1, latency_ms=speed or None)
+
+
+def accuracy(lost: int, gained: int, samples: int) -> Fidelity:
+    interval = tango(lost, gained, samples)
+    drop = Drop(**vars(interval), of="accuracy", lost=lost, gained=gained)
+    return Fidelity(samples=samples, held_out=True, drop=drop, outputs=())
+
+
+def agreement(lost: int, samples: int) -> Fidelity:
+    drop = Drop(**vars(wilson(lost, samples)), of="agreement", lost=lost, gained=0)
+    return Fidelity(samples=samples, held_out=True, drop=drop, outputs=())
+
+
+def error(*values: float | None, high: float = 9.0) -> Fidelity:
+    outputs = tuple(
+        OutputError(name=f"y{place}", relative_l2=value, low=0.0, high=high, confidence=0.95, max_abs=1.0, cosine=1.0)
+        for place, value in enumerate(values)
+    )
+    return Fidelity(samples=10, held_out=True, outputs=outputs)
+
+
+def a_report(fidelity: Fidelity | None, **facts) -> Report:
+    given = {"status": "passed", "exit_code": 0} | facts
+    return Report(
+        started="2026-01-01T00:00:00+00:00",
+        seconds=1,
+        tool=Tool(version="1", onnx=None, onnxruntime=None, torch=None),
+        command="",
+        job={},
+        seed=0,
+        device="cpu",
+        files={},
+        teacher=figures(1000, 2.0),
+        student=figures(500, 1.0),
+        fidelity=fidelity,
+        **given,
+    )
+
+
+@pytest.mark.parametrize(
+    ("gate", "passed"),
+    [
+        (Gate(max_drop=2.01), True),
+        (Gate(max_drop=2.0), True),
+        (Gate(max_drop=1.99), False),
+        (Gate(max_error=0.06), True),
+        (Gate(max_error=0.05), True),
+        (Gate(max_error=0.04), False),
+        (Gate(min_shrink=0.39), True),
+        (Gate(min_shrink=0.4), True),
+        (Gate(min_shrink=0.41), False),
+        (Gate(max_latency_ratio=0.91), True),
+        (Gate(max_latency_ratio=0.9), True),
+        (Gate(max_latency_ratio=0.89), False),
+    ],
+)
+def test_a_limit_is_kept_below_and_at_it_and_broken_beyond(gate: Gate, passed: bool) -> None:
+    fidelity = accuracy(3, 1, 100).model_copy(update={"outputs": error(0.02, 0.05).outputs})
+
+    results = judge(figures(1000, 1.0), figures(600, 0.9), fidelity, gate)
+
+    assert [result.passed for result in results] == [passed]
+    assert verdict(results)["exit_code"] == (0 if passed else 3)
+    assert verdict(results)["status"] == ("passed" if passed else "rejected")
+
+
+def test_without_limits_nothing_is_judged() -> None:
+    assert judge(None, None, None, Gate()) == []
+    assert verdict([]) == {"status": "passed", "exit_code": 0, "reasons": ()}
+
+
+def test_the_number_shown_is_the_number_compared() -> None:
+    # 1 of 199 is 0.502512... points, shown as 0.50: it keeps a limit of 0.50 and breaks one of 0.499.
+    fidelity = agreement(1, 199)
+    (kept,) = judge(None, None, fidelity, Gate(max_drop=0.5))
+    (broken,) = judge(None, None, fidelity, Gate(max_drop=0.499))
+    assert kept.value == kept.bound == 0.5
+    assert kept.passed and not broken.passed
+    assert gate_line(broken) == "max_drop: 0.50 points, allowed at most 0.499 points"
+
+
+def test_with_a_confidence_the_far_end_of_the_interval_is_judged() -> None:
+    fidelity = accuracy(2, 1, 100)
+
+    (point,) = judge(None, None, fidelity, Gate(max_drop=2))
+    (bound,) = judge(None, None, fidelity, Gate(max_drop=2, confidence=0.9))
+
+    assert point.passed and point.bound == point.value == 1.0
+    assert not bound.passed and bound.value == 1.0
+    # The counts are in the report, so any confidence can be judged, not only the one it was written with.
+    assert bound.bound == round(tango(2, 1, 100, 0.9).high, 2) != round(fidelity.drop.high, 2)
+    assert f"(bound {bound.bound:.2f} points)" in gate_line(bound)
+
+
+def test_without_labels_the_bound_is_that_of_the_disagreement() -> None:
+    (result,) = judge(None, None, agreement(3, 50), Gate(max_drop=10, confidence=0.8))
+    assert (result.value, result.bound) == (6.0, round(wilson(3, 50, 0.8).high, 2))
+
+
+def test_a_confident_error_needs_the_interval_of_that_confidence() -> None:
+    (result,) = judge(None, None, error(0.1, 0.2, high=0.3), Gate(max_error=0.25, confidence=0.95))
+    assert (result.value, result.bound, result.passed) == (0.2, 0.3, False)
+    with pytest.raises(JobError, match=r"not 0\.9\."):
+        judge(None, None, error(0.1), Gate(max_error=0.25, confidence=0.9))
+
+
+def test_an_error_without_bound_keeps_no_limit() -> None:
+    (result,) = judge(None, None, error(0.1, None), Gate(max_error=1e9))
+    assert (result.value, result.bound, result.passed) == (None, None, False)
+    assert "no bound" in gate_line(result)
+
+
+def test_warn_only_limits_do_not_reject() -> None:
+    gate = Gate(max_drop=0.5, min_shrink=0.9, warn_only=("min_shrink",))
+
+    results = judge(figures(1000), figures(900), accuracy(0, 0, 50), gate)
+
+    assert [(result.name, result.level, result.passed) for result in results] == [
+        ("max_drop", "fail", True),
+        ("min_shrink", "warn", False),
+    ]
+    assert verdict(results)["status"] == "passed"
+
+
+def test_the_reasons_of_a_rejection_name_every_broken_limit() -> None:
+    results = judge(figures(1000, 1.0), figures(999, 1.5), None, Gate(min_shrink=0.1, max_latency_ratio=1))
+    assert verdict(results)["reasons"] == (
+        "min_shrink: 0.10 %, allowed at least 10 %",
+        "max_latency_ratio: 1.500, allowed at most 1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (Gate(max_drop=1), "no output classifies"),
+        (Gate(max_error=1), "no output of floating-point numbers"),
+        (Gate(min_shrink=0.1), "neither model was measured"),
+        (Gate(max_latency_ratio=1), "neither model was measured"),
+    ],
+)
+def test_a_limit_on_what_was_not_measured_is_refused(gate: Gate, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        judge(None, None, Fidelity(samples=1, held_out=True, outputs=()), gate)
+
+
+def test_a_limit_on_the_latency_needs_one() -> None:
+    with pytest.raises(JobError, match="no latency was measured"):
+        judge(figures(10), figures(10), None, Gate(max_latency_ratio=1))
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_drop": -1.0},
+        {"max_error": float("nan")},
+        {"max_drop": float("inf")},
+        {"min_shrink": 1.0},
+        {"confidence": 95.0},
+        {"confidence": 0.0},
+        {"warn_only": ("max_drops",)},
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(limits) -> None:
+    with pytest.raises(JobError):
+        Gate(**limits)
+
+
+def test_a_saved_report_can_be_judged_again_by_other_limits() -> None:
+    report = a_report(accuracy(3, 1, 100))
+
+    rejected = rejudge(report, Gate(max_drop=1))
+    assert (rejected.status, rejected.exit_code) == ("rejected", 3)
+    assert rejected.reasons == ("max_drop: 2.00 points, allowed at most 1 points",)
+
+    passed = rejudge(rejected, Gate(max_drop=2, min_shrink=0.5))
+    assert (passed.status, passed.exit_code, passed.reasons) == ("passed", 0, ())
+    assert [result.name for result in passed.gates] == ["max_drop", "min_shrink"]
+
+
+def test_a_failed_job_stays_failed_whatever_the_limits() -> None:
+    report = a_report(accuracy(0, 0, 100), status="failed", exit_code=6, reasons=("opset",))
+    again = rejudge(report, Gate(max_drop=50))
+    assert (again.status, again.exit_code, again.reasons) == ("failed", 6, ("opset",))
+    assert again.gates[0].passed
+
+
+def test_a_job_that_failed_before_it_measured_is_not_judged() -> None:
+    report = a_report(None, status="failed", exit_code=6, reasons=("opset",))
+    assert rejudge(report, Gate(max_drop=1)) == report

@@ -1,0 +1,303 @@
+"""The report's keys are a promise: they survive JSON, validate, and read across versions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+from pydantic import ValidationError
+
+from xdonnx.errors import JobError, MachineError
+from xdonnx.report import (
+    Drop,
+    Fidelity,
+    Figures,
+    FileInfo,
+    Files,
+    GateResult,
+    InterfaceCheck,
+    Latency,
+    LayerResult,
+    OutputError,
+    Report,
+    Tool,
+    read_report,
+    schema,
+    summary,
+    tool,
+    write_report,
+)
+
+# As the documentation of the command line lists them.
+PROMISED = {
+    "": "schema_version status exit_code reasons started seconds tool command job seed device files teacher student"
+    " fidelity gates layers interface warnings",
+    "/tool": "name version onnx onnxruntime torch",
+    "/files": "teacher student shots",
+    "/files/teacher": "path sha256 bytes",
+    "/student": "bytes params nonzero macs latency_ms",
+    "/student/latency_ms": "median q1 q3 provider threads",
+    "/fidelity": "samples held_out top1_agreement accuracy_teacher accuracy_student drop outputs",
+    "/fidelity/drop": "value low high confidence",
+    "/fidelity/outputs/0": "name relative_l2 max_abs cosine",
+    "/gates/0": "name value bound limit unit level passed",
+    "/layers/0": "layer op kept units params_before params_after macs_before macs_after objective_before"
+    " objective_after seconds note",
+    "/interface": "inputs outputs opset metadata",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_step_summary(monkeypatch) -> None:
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+
+
+def latency(median: float) -> Latency:
+    return Latency(
+        median=median,
+        q1=0.9 * median,
+        q3=1.1 * median,
+        provider="CPUExecutionProvider",
+        threads=2,
+        runs=50,
+        batch=1,
+    )
+
+
+def layer(number: int, error: float | None) -> LayerResult:
+    return LayerResult(
+        layer=f"conv|{number}",
+        op="Conv",
+        kept=4,
+        units=8,
+        params_before=100,
+        params_after=50,
+        macs_before=1000,
+        macs_after=None,
+        objective_before=error,
+        objective_after=error,
+        seconds=0.5,
+        note="",
+    )
+
+
+def full_report(**changes) -> Report:
+    facts = {
+        "status": "rejected",
+        "exit_code": 3,
+        "reasons": ("max_drop: 2.00 points, allowed at most 1 points",),
+        "started": "2026-11-21T08:00:00+00:00",
+        "seconds": 12.3,
+        "tool": Tool(version="0.1.0", onnx="1", onnxruntime="2", torch=None),
+        "command": "xdonnx compress 'my model.onnx' -o out.onnx",
+        "job": {"keep": 0.5, "method": ["cross"], "shots": None},
+        "seed": 3,
+        "device": "cpu",
+        "files": Files(teacher=FileInfo(path="a.onnx", sha256="ab", bytes=2000)),
+        "teacher": Figures(bytes=2000, params=400, nonzero=399, macs=5000, latency_ms=latency(2.0)),
+        "student": Figures(bytes=1000, params=200, nonzero=200, macs=2500, latency_ms=latency(1.0)),
+        "fidelity": Fidelity(
+            samples=50,
+            held_out=True,
+            top1_agreement=94.0,
+            accuracy_teacher=90.0,
+            accuracy_student=88.0,
+            drop=Drop(
+                value=2.0,
+                low=-3.1,
+                high=8.2,
+                confidence=0.95,
+                of="accuracy",
+                method="tango",
+                lost=2,
+                gained=1,
+            ),
+            smallest_drop=8.0,
+            outputs=(OutputError(name="logits", relative_l2=0.12, max_abs=1.5, cosine=0.99),),
+        ),
+        "gates": (
+            GateResult(
+                name="max_drop",
+                value=2.0,
+                bound=2.0,
+                limit=1.0,
+                unit="points",
+                level="fail",
+                passed=False,
+            ),
+        ),
+        "layers": tuple(layer(number, error) for number, error in enumerate([0.1, None, 0.7, 0.3, 0.2, 0.6, 0.5])),
+        "interface": InterfaceCheck(opset=("opset 18, the teacher has 17",)),
+        "warnings": ("50 held-out samples can show a drop of 8.00 points at best",),
+    }
+    return Report(**facts | changes)
+
+
+def test_a_report_survives_the_disk(tmp_path: Path) -> None:
+    report = full_report()
+    write_report(report, tmp_path / "out.report")
+    assert read_report(tmp_path / "out.report" / "report.json") == report
+    assert read_report(tmp_path / "out.report") == report
+    assert sorted(file.name for file in (tmp_path / "out.report").iterdir()) == ["report.json", "summary.md"]
+
+
+def test_the_written_report_has_the_promised_keys_and_keeps_its_schema(tmp_path: Path) -> None:
+    write_report(full_report(), tmp_path)
+    raw = json.loads((tmp_path / "report.json").read_text())
+
+    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.validate(raw, schema())
+    for place, keys in PROMISED.items():
+        part = raw
+        for step in place.split("/")[1:]:
+            part = part[int(step) if step.isdigit() else step]
+        assert set(keys.split()) <= set(part), place
+    assert raw["interface"]["inputs"] == "same" and raw["interface"]["opset"] == ["opset 18, the teacher has 17"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw.pop("status"),
+        lambda raw: raw.update(status="fine"),
+        lambda raw: raw["gates"][0].update(passed="perhaps"),
+        lambda raw: raw["teacher"].pop("bytes"),
+    ],
+)
+def test_a_damaged_report_neither_validates_nor_reads(tmp_path: Path, damage) -> None:
+    raw = json.loads(full_report().model_dump_json())
+    damage(raw)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(raw, schema())
+    (tmp_path / "report.json").write_text(json.dumps(raw))
+    with pytest.raises(JobError, match="is damaged"):
+        read_report(tmp_path)
+
+
+def test_what_a_newer_minor_version_adds_is_passed_over(tmp_path: Path) -> None:
+    raw = json.loads(full_report().model_dump_json())
+    raw["schema_version"] = "1.7"
+    raw["energy"] = {"joules": 3}
+    raw["gates"][0]["colour"] = "red"
+    raw["fidelity"]["drop"]["p_value"] = 0.1
+    jsonschema.validate(raw, schema())
+    (tmp_path / "report.json").write_text(json.dumps(raw))
+    assert read_report(tmp_path) == full_report(schema_version="1.7")
+
+
+def test_an_older_report_without_the_optional_keys_reads(tmp_path: Path) -> None:
+    raw = json.loads(full_report().model_dump_json())
+    for optional in ("layers", "warnings", "interface", "reasons"):
+        del raw[optional]
+    del raw["fidelity"]["smallest_drop"]
+    (tmp_path / "report.json").write_text(json.dumps(raw))
+    assert read_report(tmp_path).fidelity.drop.high == 8.2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no report at"),
+        ("not json", "it is not JSON"),
+        ("[1, 2]", "names no schema_version"),
+        ('{"a": 1}', "names no schema_version"),
+        ('{"schema_version": "2.0"}', r"has schema 2\.0"),
+        ('{"schema_version": "1.0"}', "is damaged"),
+        (b"\xff\xfe\x00", "it is not JSON"),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path: Path, content: str | bytes | None, message: str) -> None:
+    path = tmp_path / "report.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(JobError, match=message):
+        read_report(path)
+
+
+def test_a_report_that_json_could_not_hold_is_never_made() -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        full_report(seconds=float("nan"))
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        full_report(statsu="passed")
+
+
+def test_nothing_in_a_report_can_be_changed() -> None:
+    report = full_report()
+    with pytest.raises(ValidationError, match="frozen"):
+        report.status = "passed"
+    with pytest.raises(ValidationError, match="frozen"):
+        report.gates[0].passed = True
+
+
+def test_the_summary_says_verdict_gates_figures_worst_layers_and_command() -> None:
+    text = summary(full_report())
+    assert text.startswith("# xdonnx: rejected (exit code 3)\n")
+    assert "| max_drop | 2.00 points | 2.00 points | 1 points | **failed** |" in text
+    assert "| bytes | 2,000 | 1,000 | 50.0 % |" in text
+    assert "| top-1 accuracy | 90.00 % | 88.00 % |" in text
+    assert "2.00 (-3.10 to 8.20 at 95 %)" in text
+    assert "50 held-out samples can show" in text
+    assert "```\nxdonnx compress 'my model.onnx' -o out.onnx\n```" in text
+    listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `conv")]
+    # A bar in a layer's name would open another column.
+    assert listed == [f"conv\\|{number}" for number in (2, 5, 6, 3, 4)]
+
+
+def test_the_summary_never_passes_sixty_lines() -> None:
+    gate = full_report().gates[0]
+    report = full_report(
+        reasons=tuple(f"reason {number}\nwith a break" for number in range(100)),
+        warnings=tuple(f"warning {number}" for number in range(100)),
+        layers=tuple(layer(number, 1.0) for number in range(200)),
+        gates=(gate,) * 4,
+        command="xdonnx " + "--exclude a\n" * 1000,
+    )
+    assert len(summary(report).splitlines()) <= 60
+    assert "and 95 more" in summary(report)
+
+
+def test_a_report_of_a_job_that_failed_early_has_a_summary() -> None:
+    report = full_report(
+        status="failed",
+        exit_code=5,
+        reasons=("no shots",),
+        teacher=None,
+        student=None,
+        fidelity=None,
+        gates=(),
+        layers=(),
+        interface=None,
+        warnings=(),
+    )
+    assert "- no shots" in summary(report) and "|" not in summary(report)
+
+
+def test_the_summary_is_appended_to_the_step_summary_that_github_names(tmp_path: Path, monkeypatch) -> None:
+    step = tmp_path / "step.md"
+    step.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(step))
+    for _ in range(2):
+        write_report(full_report(), tmp_path / "report")
+    assert step.read_text() == "before\n" + 2 * summary(full_report())
+
+
+def test_a_step_summary_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "nowhere" / "step.md"))
+    events = []
+    write_report(full_report(), tmp_path / "report", log=events.append)
+    assert [event.level for event in events] == ["warning"]
+    assert read_report(tmp_path / "report") == full_report()
+
+
+def test_a_folder_that_cannot_be_written_is_the_machines_fault(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match="cannot write the report"):
+        write_report(full_report(), tmp_path / "file")
+
+
+def test_the_tool_names_the_versions_in_use() -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    found = tool()
+    assert (found.name, found.onnx, found.onnxruntime) == ("xdonnx", onnx.__version__, onnxruntime.__version__)

@@ -1,0 +1,38 @@
+"""The public names: sorted, documented, and free of torch until they are used."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import xdonnx
+
+
+def test_all_is_sorted_and_every_name_is_documented() -> None:
+    assert xdonnx.__all__ == sorted(xdonnx.__all__)
+    for name in xdonnx.__all__:
+        assert inspect.getdoc(getattr(xdonnx, name)), name
+
+
+def test_names_that_do_not_exist_say_so() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = xdonnx.nothing
+
+
+def test_the_function_verify_is_not_hidden_by_its_module() -> None:
+    importlib.import_module("xdonnx.verification")
+
+    assert callable(xdonnx.verify)
+
+
+def test_importing_the_package_and_the_onnx_half_costs_no_torch() -> None:
+    code = (
+        "import sys, xdonnx; assert 'onnx' not in sys.modules\n"
+        "from xdonnx import verify, read_net, make_plan, cut, read_shots, read_report\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

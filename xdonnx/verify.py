@@ -1,0 +1,318 @@
+"""Judge two ONNX files side by side in onnxruntime: interface, answers, cost and speed, in one report."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from pydantic_core import to_jsonable_python
+
+from xdonnx.cost import measure_cost
+from xdonnx.errors import VerifyError
+from xdonnx.events import Event, Log, ignore
+from xdonnx.fidelity import Array, Samples, compare, fixed_batch
+from xdonnx.gate import Gate, judge, verdict
+from xdonnx.model import Interface, differences, file_bytes, fingerprint, interface, read_proto
+from xdonnx.report import Fidelity, Figures, FileInfo, Files, InterfaceCheck, Latency, Report, tool
+from xdonnx.runtime import answer, open_session
+
+# However slow a model is, so many runs of it are timed after the warm-up.
+_FEWEST_RUNS = 3
+
+
+def verify(
+    teacher: str | Path,
+    student: str | Path,
+    shots: Samples,
+    gate: Gate,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    command: str = "",
+    job: Mapping[str, Any] | None = None,
+    confidence: float = 0.95,
+    held_out: bool = True,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shots_path: str = "",
+    threads: int = 0,
+    seconds: float = 2.0,
+    log: Log = ignore,
+) -> Report:
+    """Compare two ONNX files in every respect and judge the second.
+
+    Parameters
+    ----------
+    device, seed, threads, seconds
+        Where both run, what draws the bootstrap, and of the latency; no seconds, no latency.
+    command, job, shots_path
+        What was typed, what it came to and where the samples lie: for the report only.
+    confidence, held_out
+        Of the intervals where the gate sets none; whether the student was fitted without these samples.
+    shapes : dict of str to tuple of int, optional
+        Inputs that MACs are counted for; by default of one sample, or of the graph's own batch.
+
+    Returns
+    -------
+    Report
+        Of exit code 0: passed; 3: a gate failed; 6: the interface differs or the student's answers are no numbers.
+
+    Raises
+    ------
+    ModelError, ShotsError, MachineError, JobError
+        A file cannot be read or run; the samples do not fit; the gate asks for what cannot be measured.
+    """
+    clock, warnings = time.perf_counter(), list[str]()
+    log = _noting(log, warnings)
+    protos = read_proto(teacher), read_proto(student)
+    facts = _facts([teacher, student], shots, shots_path, command=command, job=job, seed=seed, device=device)
+    check, reasons = _compare_interfaces(interface(protos[0]), interface(protos[1]))
+    feed = _one_run(protos[0], shots)
+    costs = _costs([teacher, student], protos, shapes or _shapes(feed), check, log)
+    fidelity, gates = None, []  # of a student with another interface no answer is asked
+    if check.inputs == "same" and check.outputs == "same":
+        confidence = gate.confidence or confidence
+        how: dict[str, Any] = {"device": device, "confidence": confidence, "held_out": held_out, "log": log}
+        fidelity, wrong = _answers(teacher, student, shots, seed, **how)
+        reasons += wrong
+        costs = _timed([teacher, student], costs, feed, device, threads=threads, seconds=seconds, log=log)
+    if fidelity is not None:
+        gates = judge(costs[0], costs[1], fidelity, gate)
+        _caution(fidelity, gate, confidence, log)
+    outcome = verdict(gates) | ({"status": "failed", "exit_code": 6, "reasons": reasons} if reasons else {})
+    return Report(
+        **facts,
+        **outcome,
+        seconds=round(time.perf_counter() - clock, 3),
+        teacher=costs[0],
+        student=costs[1],
+        fidelity=fidelity,
+        gates=tuple(gates),
+        interface=check,
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def check_interface(teacher: onnx.ModelProto, student: onnx.ModelProto) -> None:
+    """Make sure that callers of the teacher can call the student.
+
+    Raises
+    ------
+    VerifyError
+        Inputs, outputs, opset or metadata differ; each difference has a line.
+    """
+    found = differences(interface(teacher), interface(student))
+    if found:
+        raise VerifyError("the student's interface is not the teacher's:\n  " + "\n  ".join(found))
+
+
+def latency(
+    models: Sequence[str | Path | onnx.ModelProto],
+    feeds: Sequence[Mapping[str, Array]],
+    *,
+    device: str = "cpu",
+    threads: int = 0,
+    repeats: int = 200,
+    seconds: float = 2.0,
+    log: Log = ignore,
+) -> list[Latency]:
+    """Time the models in turns, A B A B ..., so that whatever else the machine does hits all alike.
+
+    Parameters
+    ----------
+    models : sequence of path or ModelProto
+    feeds : sequence of dict
+        What each model is fed, run after run.
+    device : str, default='cpu'
+    threads : int, default=0
+        Within an operator; 0 lets onnxruntime choose.
+    repeats : int, default=200
+        Runs of each at most.
+    seconds : float, default=2.0
+        Ends the measurement early, though not before three runs of each. A tenth of it is warm-up.
+    log : Log
+        Told of progress in the stage 'latency'.
+
+    Returns
+    -------
+    list of Latency
+        Of each model, with the provider that really ran it.
+    """
+    sessions = [open_session(model, device=device, threads=threads, spin=False) for model in models]
+    pairs = list(zip(sessions, feeds, strict=True))
+    clock = time.perf_counter()
+    for _ in range(repeats):
+        for session, feed in pairs:
+            answer(session, feed)
+        if time.perf_counter() - clock > seconds / 10:
+            break
+    times: list[list[float]] = []
+    clock = time.perf_counter()
+    while len(times) < repeats and (len(times) < _FEWEST_RUNS or time.perf_counter() - clock < seconds):
+        turn = []
+        for session, feed in pairs:
+            start = time.perf_counter()
+            session.run(None, feed)
+            turn.append(1000 * (time.perf_counter() - start))
+        times.append(turn)
+        log(Event("latency", done=len(times), total=repeats))
+    quartiles = np.percentile(np.array(times), (25, 50, 75), axis=0).T
+    return [
+        Latency(
+            q1=float(q1),
+            median=float(median),
+            q3=float(q3),
+            provider=session.get_providers()[0],
+            threads=threads,
+            runs=len(times),
+            batch=max(len(values) for values in feed.values()),
+        )
+        for (q1, median, q3), (session, feed) in zip(quartiles, pairs, strict=True)
+    ]
+
+
+def _noting(log: Log, warnings: list[str]) -> Log:
+    """Pass events on, and keep the text of those that warn."""
+
+    def note(event: Event) -> None:
+        if event.level == "warning":
+            warnings.append(event.text)
+        log(event)
+
+    return note
+
+
+def _facts(
+    paths: Sequence[str | Path],
+    shots: Samples,
+    shots_path: str,
+    *,
+    job: Mapping[str, Any] | None,
+    **asked: str | int,
+) -> dict[str, Any]:
+    """Return what the report holds that needs no measurement."""
+    teacher, student = (_file(path) for path in paths)
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "tool": tool(),
+        "job": to_jsonable_python(dict(job or {}), fallback=str),
+        "files": Files(teacher=teacher, student=student, shots=_shots(shots, shots_path)),
+        **asked,
+    }
+
+
+def _compare_interfaces(teacher: Interface, student: Interface) -> tuple[InterfaceCheck, list[str]]:
+    """Return the differences by section, and all of them in a row."""
+
+    def section(*names: str) -> Literal["same"] | tuple[str, ...]:
+        # Only these fields are taken from the student; all others agree with the teacher by construction.
+        other = replace(teacher, **{name: getattr(student, name) for name in names})
+        return tuple(differences(teacher, other)) or "same"
+
+    check = InterfaceCheck(
+        inputs=section("inputs"),
+        outputs=section("outputs"),
+        opset=section("opset"),
+        metadata=section("metadata", "doc"),
+    )
+    return check, differences(teacher, student)
+
+
+def _one_run(teacher: onnx.ModelProto, shots: Samples) -> dict[str, Array]:
+    """Return the feed of one run: one sample, or a batch where the graph fixes it."""
+    run = fixed_batch(interface(teacher).inputs, shots) or 1
+    return {name: values[:run] for name, values in shots.inputs.items()}
+
+
+def _answers(
+    teacher: str | Path, student: str | Path, shots: Samples, seed: int, **how: Any
+) -> tuple[Fidelity | None, list[str]]:
+    """Compare the answers; where they cannot be compared, say why."""
+    try:
+        return compare(teacher, student, shots, generator=np.random.default_rng(seed), **how), []
+    except VerifyError as error:
+        return None, [str(error)]
+
+
+def _shapes(feed: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    return {name: values.shape for name, values in feed.items()}
+
+
+def _costs(
+    paths: Sequence[str | Path],
+    protos: Sequence[onnx.ModelProto],
+    shapes: Mapping[str, tuple[int, ...]],
+    check: InterfaceCheck,
+    log: Log,
+) -> list[Figures]:
+    """Measure both files; a student of other inputs by its own shapes."""
+    found = []
+    for path, proto, whose in zip(paths, protos, ("teacher", "student"), strict=True):
+        own = shapes if whose == "teacher" or check.inputs == "same" else None
+        cost = measure_cost(proto, own)
+        if cost.unknown:
+            some = ", ".join(f"'{name}'" for name in cost.unknown[:3])
+            text = f"MACs of the {whose} leave out {len(cost.unknown)} nodes of unknown shape: {some}"
+            log(Event("verify", text, level="warning"))
+        if onnx.load(path, load_external_data=False).graph.sparse_initializer:
+            text = (
+                f"the {whose} has sparse initializers, which onnxruntime makes dense on loading: "
+                "the file is smaller, not the latency"
+            )
+            log(Event("verify", text, level="warning"))
+        found.append(Figures(bytes=file_bytes(path), params=cost.params, nonzero=cost.nonzero, macs=cost.macs))
+    return found
+
+
+def _timed(
+    paths: Sequence[str | Path],
+    costs: Sequence[Figures],
+    feed: Mapping[str, Array],
+    device: str,
+    *,
+    threads: int,
+    seconds: float,
+    log: Log,
+) -> list[Figures]:
+    """Add latencies to the costs."""
+    if seconds <= 0:
+        return list(costs)
+    found = latency(paths, [feed] * len(paths), device=device, threads=threads, seconds=seconds, log=log)
+    if device.startswith("cuda") and found[0].provider != "CUDAExecutionProvider":
+        text = f"{device} was asked for, but onnxruntime ran on {found[0].provider}"
+        log(Event("latency", text, level="warning"))
+    return [cost.model_copy(update={"latency_ms": speed}) for cost, speed in zip(costs, found, strict=True)]
+
+
+def _caution(fidelity: Fidelity, gate: Gate, confidence: float, log: Log) -> None:
+    """Warn of conclusions that these samples do not bear."""
+    if not fidelity.held_out:
+        text = "the samples that judge are those that fitted (hold-out 0): new ones will do worse"
+        log(Event("verify", text, level="warning"))
+    wanted = 1.0 if gate.max_drop is None else gate.max_drop
+    least, of = fidelity.smallest_drop, "held-out samples" if fidelity.held_out else "samples"
+    if fidelity.drop is not None and (least is None or least > wanted):
+        show = "no drop at all" if least is None else f"a drop of {least:.2f} points at best"
+        text = f"{fidelity.samples} {of} can show {show} ({100 * confidence:g} % confidence)"
+        log(Event("verify", text, level="warning"))
+
+
+def _file(path: str | Path) -> FileInfo:
+    return FileInfo(path=str(path), sha256=fingerprint(path), bytes=file_bytes(path))
+
+
+def _shots(shots: Samples, path: str) -> FileInfo:
+    """Fingerprint the samples as they are fed: preprocessing and drawing included."""
+    digest, size = hashlib.sha256(), 0
+    named = dict(shots.inputs) | ({} if shots.labels is None else {"": shots.labels})
+    for name, values in sorted(named.items()):
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).data)
+        size += values.nbytes
+    return FileInfo(path=path, sha256=digest.hexdigest(), bytes=size)
