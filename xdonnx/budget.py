@@ -183,10 +183,13 @@ def _share(layer: Layer, keep: np.ndarray, amount: int) -> int:
 def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
     groups = candidates(net, budget, named)
     if not groups:
-        streams = sum(group.stream is not None for group in net.groups)
-        hint = "--residual would free channels that several layers add into." if streams else _why_not(net)
-        if budget.include or budget.exclude:
+        named_makers = [group for group in net.groups if named.issuperset(group.producers)]
+        if any(group.stream for group in named_makers):
+            hint = "--residual would free channels that several layers add into."
+        elif budget.include or budget.exclude:
             hint = "Widen --include or --exclude: channels go only where every layer that makes them is named."
+        else:
+            hint = _why_not(net)
         raise NothingToDo(f"no channel may go.\n  {hint}")
 
     def counts(fraction: float) -> dict[int, int]:

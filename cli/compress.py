@@ -1,0 +1,134 @@
+"""`xdonnx compress`: flags into a job, the job run, its report shown and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from xdonnx.errors import JobError, MachineError
+from xdonnx_cli.flags import SWITCH, Data, Limits, Pixels, Recipe, Sizes, Talk, Target, output, running
+from xdonnx_cli.output import check_json, command_line, put_json, tables
+from xdonnx_cli.progress import told
+
+if TYPE_CHECKING:
+    from xdonnx.job import Job
+    from xdonnx.report import Report
+
+
+_EXTERNAL = "auto, always or never: weights in OUT.data beside the file. auto: past 2 GiB."
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where results go, and the rest of the run."""
+
+    out: Annotated[Path, output("--out", "OUT", "The student.", "-o")]
+    force: Annotated[bool, output("--force", SWITCH, "Replace an OUT that exists.")] = False
+    external_data: Annotated[str, output("--external-data", "WHEN", _EXTERNAL)] = "auto"
+    report_dir: Annotated[Path | None, output("--report-dir", "DIR", "Default: student.report for student.onnx.")] = (
+        None
+    )
+    dry_run: Annotated[bool, output("--dry-run", SWITCH, "Print the job and the plan; write nothing.")] = False
+    device: Annotated[str, running("--device", "NAME", "auto, cpu or cuda:0.")] = "auto"
+    seed: Annotated[int, running("--seed", "N", "Of every draw.", min=0)] = 0
+
+
+def compress(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The teacher: an ONNX file.", show_default=False)],
+    data: Data,
+    pixels: Pixels,
+    sizes: Sizes,
+    target: Target,
+    recipe: Recipe,
+    limits: Limits,
+    files: Files,
+    talk: Talk,
+) -> int:
+    """Make an ONNX CNN smaller and faster from a handful of samples, and check it in onnxruntime.
+
+    OUT is written only if the student keeps every limit of the gate; otherwise it is kept as OUT with .rejected.onnx
+    and the exit code is 3. The report is written in both cases.
+    """
+    gate, preprocess = limits.gate(), pixels.preprocess()
+    check_json(talk.json)
+    folder = report_folder(files.out, files.report_dir)
+    library = _library()
+    job: Job = library.Job(
+        model=model,
+        out=files.out,
+        shots=tuple(data.shots or ()),
+        labels=data.labels,
+        per_class=data.per_class,
+        max_shots=data.max_shots,
+        holdout=data.held_out("0.2"),
+        skip_bad=data.skip_bad,
+        synthetic_shots=data.synthetic_shots,
+        preprocess=preprocess,
+        input_shape=sizes.shapes(),
+        **{**vars(target), "include": tuple(target.include or ()), "exclude": tuple(target.exclude or ())},
+        **{**vars(recipe), "method": tuple(recipe.method or ("cross",))},
+        gate=gate,
+        force=files.force,
+        external_data=files.external_data,
+        device=files.device,
+        seed=files.seed,
+    )
+    if files.dry_run:
+        return _dry_run(library, job, talk)
+    with told(talk) as log:
+        report: Report = library.run(job, log, command=command_line())
+    return _finish(report, job, folder, talk)
+
+
+def report_folder(out: Path, given: Path | None) -> Path:
+    """Return where the report goes; raises JobError or MachineError where it cannot."""
+    folder = given or out.parent / f"{out.stem}.report"
+    if folder == out or (folder.exists() and not folder.is_dir()):
+        raise JobError(f"the report cannot go to '{folder}': that is a file.\n  Name a folder: --report-dir DIR.")
+    above = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    if not os.access(above, os.W_OK):
+        raise MachineError(f"cannot write the report into '{above}'.\n  Name another folder: --report-dir DIR.")
+    return folder
+
+
+def _library() -> Any:
+    """Import the job, and torch with it."""
+    try:
+        import xdonnx.job
+    except (ImportError, OSError, RuntimeError) as error:
+        # A torch whose libraries are missing raises any of these.
+        raise MachineError(f"torch does not import: {error}.\n  See what is wrong with it: xdonnx doctor") from error
+    return xdonnx.job
+
+
+def _dry_run(library: Any, job: Job, talk: Talk) -> int:
+    from xdonnx_cli.plan import as_dict, show_plan
+
+    with told(talk) as log:
+        ready = library.prepared(job, log)
+    put_json(talk.json, json.dumps(as_dict(job, ready), indent=2))
+    if not talk.quiet:
+        show_plan(tables(talk), job, ready)
+    return 0
+
+
+def _finish(report: Report, job: Job, folder: Path, talk: Talk) -> int:
+    """Keep the report and show it."""
+    from xdonnx.report import write_report
+    from xdonnx_cli.show import show
+
+    student = Path(report.files.student.path) if report.files.student else job.out
+    try:
+        write_report(report, folder)
+    except MachineError as error:
+        raise MachineError(f"{error}\n  The student is whole, and {report.status}: '{student}'.") from error
+    put_json(talk.json, report.model_dump_json(indent=2))
+    beside = [path for path in (student.with_name(f"{student.name}.data"),) if path.is_file()]
+    written = [student, *beside, folder / "report.json", folder / "summary.md"]
+    show(tables(talk), report, written=written, quiet=talk.quiet)
+    return report.exit_code

@@ -1,0 +1,60 @@
+"""`xdonnx methods`: what there is to choose from, read from the sources so that torch need not be imported."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from xdonnx.methods import available
+from xdonnx_cli.terminal import stdout
+
+# Flags whose names differ from those of the options that they set.
+_FLAGS = {"effort": "preset-effort"}
+
+
+def methods() -> int:
+    """List the methods: the paper, what each needs, its options and when to choose it."""
+    console = stdout()
+    for at, (name, entry) in enumerate(available().items()):
+        if at:
+            console.print()
+        console.print(Text(name, "bold green").append(f"  {entry.advice}", "default not bold"))
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_row("  paper", entry.paper)
+        if entry.needs:
+            table.add_row("  needs", entry.needs)
+        for option, values in options(entry.target):
+            table.add_row(f"  --{_FLAGS.get(option, option)}", values)
+        console.print(table)
+    return 0
+
+
+def options(target: str) -> list[tuple[str, str]]:
+    """Return the options of a method as its docstring describes them; none where its source cannot be read.
+
+    Parameters
+    ----------
+    target : str
+        'module:Class'. The module is found but not imported.
+    """
+    module, _, name = target.partition(":")
+    try:
+        spec = importlib.util.find_spec(module)
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else ast.Module([], [])
+    except (ImportError, OSError, SyntaxError, ValueError):
+        return []
+    kind = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    if kind is None:
+        return []
+    fields = {
+        node.target.id for node in kind.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    described = re.findall(r"^(\w+(?:, \w+)*) : (.+)$", ast.get_docstring(kind) or "", re.M)
+    return [(name, values) for names, values in described for name in names.split(", ") if name in fields]

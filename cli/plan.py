@@ -1,0 +1,101 @@
+"""What `--dry-run` prints: the job as it was understood, and what would be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from xdonnx_cli.terminal import amount, heading, percent, plain_table, room, shorten, shortened
+
+if TYPE_CHECKING:
+    from xdonnx.job import Job, Prepared
+
+
+def predicted(ready: Prepared) -> dict[str, int]:
+    """Return the MACs and the weights that are not zero, of the teacher and of the student to be."""
+    import numpy as np
+
+    from xdonnx.budget import macs, params, pattern_of, pretend
+
+    net, plan = ready.net, ready.plan
+    keep = pretend(net, plan.channels)
+    gone = sum(int(net.array(net.layers[name].weight).size) - kept for name, kept in plan.weights.items())
+    pattern = pattern_of(plan.structure)
+    if pattern:
+        sizes = [int(net.array(net.layers[name].weight).size) for name in plan.layers]
+        gone += sum(size - round(size * pattern[0] / pattern[1]) for size in sizes)
+    whole = np.ones(net.labels, bool)
+    return {
+        "teacher_macs": macs(net, whole),
+        "student_macs": macs(net, keep),
+        "teacher_params": params(net, whole),
+        "student_params": params(net, keep) - gone,
+    }
+
+
+def rows(ready: Prepared) -> Iterator[dict[str, Any]]:
+    """Yield what each group of channels, or each layer, keeps."""
+    net, plan = ready.net, ready.plan
+    for at, count in plan.channels.items():
+        group = net.groups[at]
+        yield {"name": group.name, "kept": count, "units": len(group.ids), "readers": list(group.readers)}
+    for name, count in plan.weights.items():
+        yield {"name": name, "kept": count, "units": int(net.array(net.layers[name].weight).size), "readers": []}
+    for name in plan.layers:
+        yield {"name": name, "kept": plan.structure, "units": None, "readers": []}
+
+
+def as_dict(job: Job, ready: Prepared) -> dict[str, Any]:
+    """Return all of it for --json."""
+    return {
+        "job": job.model_dump(mode="json", fallback=str),
+        "device": ready.device,
+        "fitting_samples": len(ready.fit),
+        "judging_samples": len(ready.held_out),
+        "predicted": predicted(ready),
+        "plan": list(rows(ready)),
+    }
+
+
+def show_plan(console: Console, job: Job, ready: Prepared) -> None:
+    """Print the job, the plan and what it comes to."""
+    found = as_dict(job, ready)
+    console.print(Text("DRY RUN  nothing is written", "bold"))
+    heading(console, "Job")
+    table = plain_table("", "<")
+    table.show_header = False
+    for name, value in _given(found["job"]):
+        table.add_row(f"  {name}", value)
+    budget = job.budget()
+    table.add_row("  target", f"{budget.kind} {100 * budget.amount:g} %")
+    table.add_row("  samples", f"{len(ready.fit)} fit, {len(ready.held_out)} judge; on {ready.device}")
+    console.print(table)
+    heading(console, "Plan")
+    single = job.structure != "channel"
+    names = shortened((row["name"] for row in found["plan"]), room(console, 30, names=1 if single else 2))
+    table = plain_table("  weights of" if single else "  channels of", "kept", "of", *(() if single else ("read by<",)))
+    for row in found["plan"]:
+        units = "" if row["units"] is None else f"{row['units']:,}"
+        kept = row["kept"] if isinstance(row["kept"], str) else f"{row['kept']:,}"
+        readers = () if single else (shorten(", ".join(row["readers"]), room(console, 30, names=2)),)
+        table.add_row(f"  {names[row['name']]}", kept, units, *readers)
+    console.print(table)
+    heading(console, "Predicted")
+    table = plain_table("", "teacher", "student", "")
+    for name, title in (("macs", "  MACs"), ("params", "  weights not zero" if single else "  weights")):
+        before, after = found["predicted"][f"teacher_{name}"], found["predicted"][f"student_{name}"]
+        table.add_row(title, amount(before), amount(after), percent(after, before))
+    console.print(table)
+
+
+def _given(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the options that have a value, those within options by their own name."""
+    for name, value in job.items():
+        if isinstance(value, Mapping) and name != "input_shape":
+            yield from _given(value)
+        elif value not in (None, [], {}, (), False):
+            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            yield name.replace("_", "-"), text

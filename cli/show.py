@@ -1,0 +1,161 @@
+"""A report as a person reads it: the verdict first, then before and after, gates, layers, warnings, files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from xdonnx.report import Figures, GateResult, LayerResult, Report, gate_line
+from xdonnx_cli.terminal import amount, beside, bullets, heading, percent, plain_table, room, say, shorten
+
+_COLOURS = {"passed": "bold green", "rejected": "bold red", "failed": "bold red"}
+# Layers that are listed: those of the largest error left.
+_WORST = 3
+
+
+def show(console: Console, report: Report, *, written: Sequence[Path] = (), quiet: bool = False) -> None:
+    """Print a report.
+
+    Parameters
+    ----------
+    console : Console
+    report : Report
+    written : sequence of Path
+        Files that the job left, to be named at the end.
+    quiet : bool
+        The verdict alone.
+    """
+    verdict(console, report)
+    if quiet:
+        return
+    before_after(console, report)
+    gates(console, report.gates)
+    worst_layers(console, report.layers)
+    if report.warnings:
+        heading(console, "Warnings")
+        bullets(console, report.warnings)
+    if written:
+        heading(console, "Written")
+        for path in written:
+            size = f"  ({amount(path.stat().st_size, 'B')})" if path.is_file() else ""
+            say(console, f"  {beside(path)}{size}")
+
+
+def verdict(console: Console, report: Report) -> None:
+    """Print what came of it in a line, and why where it is not good."""
+    line = Text(report.status.upper(), _COLOURS[report.status])
+    line.append(f"  {_gist(report)}", "default not bold")
+    console.print(line)
+    if report.reasons:
+        bullets(console, report.reasons)
+
+
+def _gist(report: Report) -> str:
+    """Return the outcome in a sentence: how small, how fast, how faithful."""
+    parts = []
+    teacher, student, fidelity = report.teacher, report.student, report.fidelity
+    if teacher and student:
+        if student.macs != teacher.macs:
+            parts.append(f"{percent(student.macs, teacher.macs)} of the MACs")
+        elif student.nonzero != teacher.nonzero:
+            parts.append(f"{percent(student.nonzero, teacher.nonzero)} of the weights")
+        parts.append(f"{percent(student.bytes, teacher.bytes)} of the bytes")
+    if fidelity and fidelity.accuracy_student is not None and fidelity.accuracy_teacher is not None:
+        parts.append(f"accuracy {fidelity.accuracy_teacher:.2f} → {fidelity.accuracy_student:.2f} %")
+    elif fidelity and fidelity.top1_agreement is not None:
+        parts.append(f"agreement {fidelity.top1_agreement:.2f} %")
+    elif fidelity and (errors := [o.relative_l2 for o in fidelity.outputs if o.relative_l2 is not None]):
+        parts.append(f"relative L2 error {max(errors):.4f}")
+    return ", ".join(parts)
+
+
+def before_after(console: Console, report: Report) -> None:
+    """Print what both models cost and how they answer."""
+    table = plain_table("", "teacher", "student", "")
+    if report.teacher and report.student:
+        for row in _cost_rows(report.teacher, report.student):
+            table.add_row(*row)
+    for row in _fidelity_rows(report):
+        table.add_row(*row)
+    if table.row_count:
+        console.print()
+        console.print(table)
+    if report.fidelity:
+        count = report.fidelity.samples
+        kind = f"{'held-out ' * report.fidelity.held_out}sample{'s' * (count != 1)}"
+        fitted = "" if report.fidelity.held_out else ", which also fitted the student"
+        console.print(Text(f"on {count} {kind}{fitted}; {report.device}", "dim"))
+
+
+def _cost_rows(teacher: Figures, student: Figures) -> Iterable[tuple[str, ...]]:
+    sizes = amount(teacher.bytes, "B"), amount(student.bytes, "B")
+    yield "file size", *sizes, percent(student.bytes, teacher.bytes)
+    yield "weights", amount(teacher.params), amount(student.params), percent(student.params, teacher.params)
+    # A stray zero is in every model; a share of them is somebody's doing.
+    if min(teacher.nonzero / max(teacher.params, 1), student.nonzero / max(student.params, 1)) < 0.99:
+        counts = amount(teacher.nonzero), amount(student.nonzero)
+        yield "  not zero", *counts, percent(student.nonzero, teacher.nonzero)
+    yield "MACs", amount(teacher.macs), amount(student.macs), percent(student.macs, teacher.macs)
+    ours, theirs = teacher.latency_ms, student.latency_ms
+    if ours and theirs:
+        where = theirs.provider.removesuffix("ExecutionProvider")
+        times = f"{ours.median:.3g} ms", f"{theirs.median:.3g} ms"
+        yield f"latency, {where}", *times, percent(theirs.median, ours.median)
+
+
+def _fidelity_rows(report: Report) -> Iterable[tuple[str, ...]]:
+    fidelity = report.fidelity
+    if fidelity is None:
+        return
+    drop = fidelity.drop
+    change = "" if drop is None else f"{0.0 - drop.value:+.2f} points"
+    if fidelity.accuracy_teacher is not None and fidelity.accuracy_student is not None:
+        yield "accuracy", f"{fidelity.accuracy_teacher:.2f} %", f"{fidelity.accuracy_student:.2f} %", change
+        change = ""
+    if fidelity.top1_agreement is not None:
+        yield "agreement", "", f"{fidelity.top1_agreement:.2f} %", change
+    if drop is not None:
+        bounds = f"{drop.low:.1f} to {drop.high:.1f}"
+        yield f"drop, {100 * drop.confidence:g} % sure", "", bounds, "points"
+    for output in fidelity.outputs[:3]:
+        if output.relative_l2 is not None:
+            yield f"error of {shorten(output.name, 16)}", "", f"{output.relative_l2:.4f}", "relative L2"
+
+
+def gates(console: Console, results: Sequence[GateResult]) -> None:
+    """Print each limit and how it was met."""
+    if not results:
+        return
+    heading(console, "Gates")
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for gate in results:
+        word, style = ("passed", "green") if gate.passed else ("FAILED", "bold red")
+        if not gate.passed and gate.level == "warn":
+            word, style = "warning", "yellow"
+        grid.add_row(Text(f"  {word}", style), gate_line(gate))
+    console.print(grid)
+
+
+def worst_layers(console: Console, layers: Sequence[LayerResult]) -> None:
+    """Print the layers that answer worst for themselves, where a method measured that."""
+    known = [layer for layer in layers if layer.objective_after is not None and layer.objective_before]
+    if not known:
+        return
+    worst = sorted(known, key=lambda layer: -(layer.objective_after or 0.0))[:_WORST]
+    table = plain_table("Worst layers", "kept", "error cut", "refitted")
+    table.columns[0].header_style = "bold"
+    wide = room(console, 40)
+    for layer in worst:
+        before, after = layer.objective_before or 0.0, layer.objective_after or 0.0
+        kept = f"{layer.kept} of {layer.units}"
+        table.add_row(shorten(layer.layer, wide), kept, _error(before), _error(after))
+    console.print()
+    console.print(table)
+
+
+def _error(share: float) -> str:
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"

@@ -1,0 +1,157 @@
+"""`verify` compares any two files, `gate` judges a saved comparison again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from program import SAMPLES, SHOTS, TEACHER, Compressed, call, listing
+
+from xdonnx.report import read_report
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the teacher with the last layer's weights turned round: nearly every answer is wrong."""
+    model = onnx.load(TEACHER)
+    node = next(node for node in model.graph.node if node.op_type == "Gemm")
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), weight.name))
+    path = tmp_path_factory.mktemp("damaged") / "student.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def test_a_model_is_as_good_as_itself_and_nothing_is_written(here: Path) -> None:
+    ended = call("verify", TEACHER, TEACHER, *SHOTS, "--max-drop", "0", "--max-error", "0", "--json", "-")
+
+    report = json.loads(ended.out)
+    assert ended.code == report["exit_code"] == 0, ended.err
+    assert report["fidelity"]["top1_agreement"] == 100 and report["fidelity"]["samples"] == 100
+    assert report["fidelity"]["outputs"][0]["relative_l2"] == 0
+    assert listing(here) == {}
+
+
+def test_a_damaged_student_is_rejected_and_the_report_says_why(damaged: Path, here: Path) -> None:
+    ended = call("verify", TEACHER, damaged, *SHOTS, "--max-drop", "1", "--report-dir", "verdict")
+
+    assert ended.code == 3
+    assert ended.out.startswith("REJECTED") and "max_drop: " in ended.out and "verdict/report.json" in ended.out
+    report = read_report(here / "verdict")
+    assert report.fidelity and report.fidelity.accuracy_teacher and report.fidelity.accuracy_student is not None
+    assert report.fidelity.accuracy_teacher > 90 > 30 > report.fidelity.accuracy_student
+    assert sorted(listing(here)) == ["verdict", "verdict/report.json", "verdict/summary.md"]
+
+
+def test_another_interface_is_exit_code_6(here: Path) -> None:
+    model = onnx.load(TEACHER)
+    model.graph.output[0].name = "scores"
+    model.graph.node[-1].output[0] = "scores"
+    onnx.save(model, "renamed.onnx")
+
+    ended = call("verify", TEACHER, "renamed.onnx", *SHOTS)
+
+    assert ended.code == 6
+    assert ended.out.startswith("FAILED") and "'scores" in ended.out
+
+
+def test_the_samples_that_judged_a_job_can_judge_again(here: Path) -> None:
+    """The same data flags and seed hold out the same samples, in compress and in verify."""
+    job = ["--per-class", "5", "--holdout", "10%", "--seed", "3"]
+    compressed = call("compress", TEACHER, *SHOTS, *job, "-o", "s.onnx", "--method", "l1-norm", "--keep", "0.8")
+    assert compressed.code == 0, compressed.err
+
+    ended = call("verify", TEACHER, "s.onnx", *SHOTS, *job, "--json", "again.json")
+
+    assert ended.code == 0, ended.err
+    first, again = read_report(here / "s.report"), read_report(here / "again.json")
+    assert first.fidelity and first.fidelity.samples == 10
+    assert again.fidelity == first.fidelity
+    assert again.files.shots and first.files.shots and again.files.shots.sha256 == first.files.shots.sha256
+
+
+def test_a_drop_is_measured_against_labels_and_else_against_the_teacher(damaged: Path, here: Path) -> None:
+    with np.load(SAMPLES / "held_out.npz") as arrays:
+        np.save("plain.npy", arrays["images"][:40])
+        np.savetxt("labels.txt", arrays["labels"][:40], "%d")
+    data = ["--shots", "plain.npy", "--preset", "unit", "--json", "run.json"]
+
+    call("verify", TEACHER, damaged, *data)
+    agreement = read_report("run.json")
+    call("verify", TEACHER, damaged, *data, "--labels", "labels.txt")
+    accuracy = read_report("run.json")
+
+    assert agreement.fidelity and agreement.fidelity.drop and agreement.fidelity.drop.of == "agreement"
+    assert accuracy.fidelity and accuracy.fidelity.drop and accuracy.fidelity.drop.of == "accuracy"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([TEACHER, "none.onnx", *SHOTS], 4, "no model at 'none.onnx'"),
+        ([TEACHER, TEACHER], 2, "Pass --shots PATH"),
+        ([TEACHER, TEACHER, "--shots", "none"], 5, "no shots at 'none'"),
+        ([TEACHER, TEACHER, *SHOTS, "--device", "gpu"], 2, "unknown device 'gpu'"),
+        ([TEACHER, TEACHER, *SHOTS, "--device", "cuda:9"], 8, "xdonnx doctor"),
+        ([TEACHER, TEACHER, *SHOTS, "--confidence", "95"], 2, "95%"),
+        ([TEACHER], 2, "STUDENT"),
+    ],
+)
+def test_mistakes_have_their_exit_codes(here: Path, arguments: list[str], code: int, says: str) -> None:
+    ended = call("verify", *arguments)
+
+    assert (ended.code, ended.out) == (code, "")
+    assert ended.err.startswith("error: ") and says in ended.err and "Traceback" not in ended.err
+    assert listing(here) == {}
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [
+        ([], 0),
+        (["--max-drop", "100"], 0),
+        (["--max-drop", "0", "--confidence", "95%"], 3),
+        (["--min-shrink", "99%"], 3),
+        (["--min-shrink", "99%", "--warn-only", "min-shrink"], 0),
+        (["--min-shrink", "1"], 2),
+        (["--confidence", "0.9"], 2),
+    ],
+)
+def test_a_saved_report_is_judged_by_other_limits(compressed: Compressed, limits: list[str], code: int) -> None:
+    before = listing(compressed.folder)
+
+    ended = call("gate", compressed.folder / "student.report" / "report.json", *limits)
+
+    assert ended.code == code, ended.err
+    assert ended.out.startswith({0: "PASSED", 3: "REJECTED", 2: ""}[code])
+    assert listing(compressed.folder) == before
+
+
+def test_without_limits_the_gate_says_what_was_said(compressed: Compressed) -> None:
+    ended = call("gate", compressed.folder / "student.report")
+
+    assert "max_drop: " in ended.out and "allowed at most 50 points" in ended.out
+
+
+def test_quiet_is_the_verdict_and_why(compressed: Compressed) -> None:
+    ended = call("gate", compressed.folder / "student.report", "--min-shrink", "99%", "-q", width=160)
+
+    assert ended.code == 3
+    verdict, reason = ended.out.splitlines()
+    assert verdict.startswith("REJECTED") and "min_shrink" in reason
+
+
+@pytest.mark.parametrize("width", [60, 160])
+def test_the_table_fits_the_window(compressed: Compressed, width: int) -> None:
+    limits = ["--max-drop", "0", "--min-shrink", "99%", "--max-error", "1e-9", "--max-latency-ratio", "0.01"]
+
+    ended = call("gate", compressed.folder / "student.report", *limits, width=width)
+
+    assert ended.code == 3
+    assert max(map(len, ended.out.splitlines())) <= width
+    for row in ("file size", "weights", "MACs", "latency, CPU", "accuracy", "agreement", "error of logits"):
+        assert f"\n{row} " in ended.out
