@@ -43,7 +43,7 @@ def verify(
     from xdonnx.model import interface, read_proto, sized
     from xdonnx.report import write_report
     from xdonnx.runtime import open_session
-    from xdonnx.verify import verify as compare
+    from xdonnx.verification import verify as compare
     from xdonnx_cli.show import show
 
     if report_dir is not None and report_dir.exists() and not report_dir.is_dir():

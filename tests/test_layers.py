@@ -14,7 +14,7 @@ ROWS = [
     {"runtime", "images", "labels", "cost", "connection", "operators", "removal"},
     {"layers", "reshaping", "sources", "report", "feeds", "solve"},
     {"rules", "gate", "shots", "fidelity", "methods"},
-    {"graph", "verify"},
+    {"graph", "verification"},
     {"patch", "budget", "convert", "doctor"},
     {"walk", "survey"},
     {"methods.layerwise"},
@@ -23,8 +23,8 @@ ROWS = [
 ]
 TORCH_FREE = {
     "errors", "events", "model", "prepare", "intervals", "runtime", "images", "labels", "cost", "layers", "reshaping",
-    "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verify", "fidelity", "patch", "budget", "survey", "coverage",
-    "methods",
+    "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verification", "fidelity", "patch", "budget",
+    "survey", "coverage", "methods",
 }  # fmt: skip
 ONNX_FREE = {"moments", "structure", "connection", "solve", "removal", "interpolation"}
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from xdonnx.patch import Patch, cut
     from xdonnx.report import Report, read_report, write_report
     from xdonnx.shots import Shots, read_shots
-    from xdonnx.verify import verify
+    from xdonnx.verification import verify
 
 _HOME = {
     "Budget": "budget",
@@ -41,7 +41,7 @@ _HOME = {
     "read_report": "report",
     "read_shots": "shots",
     "run": "job",
-    "verify": "verify",
+    "verify": "verification",
     "write_report": "report",
 }
 
@@ -70,7 +70,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'xdonnx' has no attribute '{name}'")
-    # A submodule of the same name (verify) takes its place in the package once imported; the function wins.
     found = getattr(importlib.import_module(f"xdonnx.{_HOME[name]}"), name)
     globals()[name] = found
     return found

@@ -31,7 +31,7 @@ from xdonnx.patch import Patch, cut, kept, masked, store_sparse
 from xdonnx.report import FileInfo, LayerResult, Report, tool
 from xdonnx.runtime import answer, open_session
 from xdonnx.shots import Shots, read_shots, split, synthetic
-from xdonnx.verify import check_interface, verify
+from xdonnx.verification import check_interface, verify
 from xdonnx.walk import chunked
 
 # Masked and cut student may differ by this much of the largest value: only the order of float32 sums changes.

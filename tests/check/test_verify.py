@@ -21,7 +21,7 @@ from xdonnx.cost import measure_cost
 from xdonnx.errors import JobError, ModelError, ShotsError, VerifyError
 from xdonnx.gate import Gate
 from xdonnx.report import read_report, schema, write_report
-from xdonnx.verify import check_interface, latency, verify
+from xdonnx.verification import check_interface, latency, verify
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_models_are_timed_in_turns_and_within_their_time(tmp_path: Path, monkeyp
             return []
 
     sessions = {"a": Slow("a", 0.004), "b": Slow("b", 0.012)}
-    monkeypatch.setattr("xdonnx.verify.open_session", lambda model, **how: sessions[model])
+    monkeypatch.setattr("xdonnx.verification.open_session", lambda model, **how: sessions[model])
     feed = {"x": np.ones((2, 1))}
 
     start = time.perf_counter()
@@ -340,7 +340,7 @@ def test_a_gpu_that_onnxruntime_did_not_use_is_a_warning(judged, monkeypatch) ->
 
 
 def test_verifying_costs_no_torch() -> None:
-    names = ["intervals", "cost", "report", "gate", "fidelity", "verify", "model", "runtime"]
+    names = ["intervals", "cost", "report", "gate", "fidelity", "verification", "model", "runtime"]
     program = ";".join(f"import xdonnx.{name}" for name in names)
     program += ";import sys; print([name for name in sys.modules if name.split('.')[0] in ('torch', 'onnx2torch')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
 """Magnitude pruning (Li et al., ICLR 2017, "Pruning Filters for Efficient ConvNets"): the baseline that needs no data.
 
 A filter's score is the sum of its absolute weights; the lowest go, with the matching input channels of the next layer.
-For single weights the smallest of each layer go. Nothing is refitted, so what this loses is what others have to win back.
+For single weights the smallest of each layer go. Nothing is refitted: what this loses, others have to win back.
 """
 
 from __future__ import annotations
