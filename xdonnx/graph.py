@@ -195,8 +195,13 @@ def _measured_shapes(
             port.name: noise.standard_normal(tuple(concrete[port.name])).astype(port.dtype) for port in ports.inputs
         }
         found = answer(open_session(copy, optimize=False), feeds, missing)
-    except (ModelError, TypeError):
-        return {}
+    except TypeError:
+        return {}  # an input that noise cannot fill, such as text
+    except ModelError as error:
+        if any(not port.dtype.startswith("float") for port in ports.inputs):
+            return {}  # noise is no index
+        makers = {name: node.op_type for node in proto.graph.node for name in node.output}
+        raise ModelError(f"{makers[missing[0]]} '{missing[0]}' cannot be computed.\n  {error}") from error
     return {name: array.shape for name, array in found.items() if isinstance(array, np.ndarray)}
 
 

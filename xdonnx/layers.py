@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from xdonnx.errors import ModelError
 from xdonnx.labels import Ids, Labels, Track, int_attribute, list_attribute, text_attribute
 from xdonnx.prepare import constant
 
@@ -72,6 +73,7 @@ def conv(labels: Labels, node: ir.Node) -> Layer | None:
         return None
     groups = int_attribute(node, "group", 1)
     outputs = weight.shape[0]
+    _check_channels(name, "Conv", shape[1], weight.shape[1] * groups)
     ids = labels.along(_input(node, 0), 1, name)
     if ids is None:
         labels.pin_node(node, f"'{name}' reads channels along an axis that is not its own")
@@ -124,6 +126,7 @@ def conv_transpose(labels: Labels, node: ir.Node) -> Layer | None:
         return None
     groups = int_attribute(node, "group", 1)
     per_group = weight.shape[1]
+    _check_channels(name, "ConvTranspose", shape[1], weight.shape[0])
     ids = labels.along(_input(node, 0), 1, name)
     if ids is None:
         labels.pin_node(node, f"'{name}' reads channels along an axis that is not its own")
@@ -217,6 +220,13 @@ def product(labels: Labels, node: ir.Node) -> Layer | None:
 
 
 LAYERS = {"Conv": conv, "ConvTranspose": conv_transpose, "Gemm": product, "MatMul": product}
+
+
+def _check_channels(name: str, op: str, read: int, wanted: int) -> None:
+    if read != wanted:
+        raise ModelError(
+            f"{op} '{name}' reads {read} channels, and its weight is made for {wanted}.\n  Export the model again."
+        )
 
 
 def _input(node: ir.Node, at: int) -> ir.Value:

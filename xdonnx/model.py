@@ -83,6 +83,8 @@ def read_proto(path: str | Path) -> onnx.ModelProto:
                     f"'{path}' keeps weights in '{entry.value}', which is not beside it.\n"
                     f"  Copy '{entry.value}' into '{path.parent}'."
                 )
+    _check_values(path, proto.graph)
+    _check_sizes(path, proto)
     try:
         onnx.checker.check_model(str(path), full_check=False)
         onnx.load_external_data_for_model(proto, str(path.parent))
@@ -94,6 +96,50 @@ def read_proto(path: str | Path) -> onnx.ModelProto:
         ) from error
     _densify(proto)
     return proto
+
+
+def _check_values(path: Path, graph: onnx.GraphProto) -> None:
+    """Name the node that reads what nothing makes, or what is made after it: the checker's own words name neither."""
+    known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    known |= {tensor.values.name for tensor in graph.sparse_initializer} | {""}
+    made = {name for node in graph.node for name in node.output}
+    for node in graph.node:
+        for name in node.input:
+            if name in known:
+                continue
+            who = f"{node.op_type} '{node.output[0]}'"
+            if name in made:
+                raise ModelError(
+                    f"'{path}' is not a valid ONNX model: {who} reads '{name}' before it is made.\n"
+                    "  The graph has a cycle, or its nodes are not in order. Export it again."
+                )
+            raise ModelError(
+                f"'{path}' is not a valid ONNX model: {who} reads '{name}', which nothing makes.\n"
+                "  An initializer or an input is missing. Export it again."
+            )
+        known |= set(node.output)
+
+
+def _check_sizes(path: Path, proto: onnx.ModelProto) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    for entry in proto.opset_import:
+        if entry.domain in ("", "ai.onnx") and entry.version > newest:
+            raise ModelError(
+                f"'{path}' is written for opset {entry.version}; this onnx knows {newest} at most.\n"
+                "  Update onnx and onnxruntime, or export for an older opset."
+            )
+    sizes = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
+    for node in proto.graph.node:
+        weight = sizes.get(node.input[1], [1]) if len(node.input) > 1 else [1]
+        if node.op_type in ("Conv", "ConvTranspose") and 0 in weight:
+            raise ModelError(
+                f"'{path}': {node.op_type} '{node.output[0]}' has a weight of shape {weight}, with nothing in it.\n"
+                "  Export the model again."
+            )
+    for value in proto.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name not in sizes and any(dim.HasField("dim_value") and dim.dim_value == 0 for dim in dims[1:]):
+            raise ModelError(f"'{path}': input '{value.name}' has an axis of size 0.\n  Export the model again.")
 
 
 def read_model(path: str | Path) -> ir.Model:
