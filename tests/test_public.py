@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pkgutil
 import subprocess
 import sys
@@ -26,6 +27,16 @@ def test_names_that_do_not_exist_say_so() -> None:
 def test_no_public_name_is_hidden_by_a_module_of_the_same_name() -> None:
     modules = {module.name for module in pkgutil.iter_modules(xdonnx.__path__)}
     assert not modules & set(xdonnx.__all__)
+
+
+def test_waiting_threads_do_not_spin_unless_the_user_says_so() -> None:
+    code = "import os, xdonnx; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        plain = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        made = subprocess.run(
+            [sys.executable, "-c", code], env=plain | given, check=True, capture_output=True, text=True
+        )
+        assert made.stdout.strip() == expected
 
 
 def test_importing_the_package_and_the_onnx_half_costs_no_torch() -> None:

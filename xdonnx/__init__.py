@@ -9,7 +9,12 @@ Names are looked up when they are used, so that importing this package costs nei
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# Read when torch's OpenMP is loaded, so it has to stand before that. By default its threads spin while they wait, and on
+# a machine that does other work too (CI above all) a job of seconds then takes minutes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from xdonnx.budget import Budget, make_plan
