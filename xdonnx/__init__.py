@@ -12,8 +12,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# Read when torch's OpenMP is loaded, so it has to stand before that. By default its threads spin while they wait, and on
-# a machine that does other work too (CI above all) a job of seconds then takes minutes.
+# Torch's OpenMP reads this when it is loaded, so it stands here. By default its threads spin while they wait, and on a
+# machine that does other work too (CI above all) a job of seconds then takes minutes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
