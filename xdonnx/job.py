@@ -180,6 +180,7 @@ def prepared(job: Job, log: Log = ignore) -> Prepared:
         Of the kind whose exit code fits.
     """
     budget = job.budget()
+    job.methods()
     _check_out(job)
     device = _device(job.device)
     log(Event("read", f"Read {job.model.name}"))
@@ -188,6 +189,12 @@ def prepared(job: Job, log: Log = ignore) -> Prepared:
     ports = sized(interface(proto).inputs, job.input_shape)
     whole, held = _read_shots(job, ports, log)
     fit, held_out = split(whole, per_class=job.per_class, max_shots=job.max_shots, holdout=held, seed=job.seed)
+    # Reading the shots has warned of the first five by name.
+    for name in whole.skipped[5:]:
+        log(Event("shots", f"left out, unreadable: {name}", level="warning"))
+    sizes = {**{name: array.shape for name, array in whole.inputs.items()}, **job.input_shape}
+    net = read_net(proto, sizes)
+    plan = make_plan(net, budget)
     batch = fixed_batch(ports, whole) or 1
     for part, does in ((fit, "fit"), (held_out, "judge")):
         if len(part) < batch:
@@ -195,14 +202,6 @@ def prepared(job: Job, log: Log = ignore) -> Prepared:
                 f"the graph takes {batch} samples at once, and {len(part)} {does}.\n"
                 "  Give more samples, or export the model with a free batch axis."
             )
-    # Reading the shots has warned of the first five by name.
-    for name in whole.skipped[5:]:
-        log(Event("shots", f"left out, unreadable: {name}", level="warning"))
-    sizes = {**{name: array.shape for name, array in whole.inputs.items()}, **job.input_shape}
-    net = read_net(proto, sizes)
-    plan = make_plan(net, budget)
-    for method in job.methods():
-        method.check(job.structure)
     return Prepared(net, fit, held_out, plan, device)
 
 
