@@ -54,6 +54,15 @@ def fraction(text: str) -> float:
     return value
 
 
+def multiple(text: str) -> int | None:
+    """Return a number of channels, None for 'auto'."""
+    if str(text) == "auto":
+        return None
+    if not re.fullmatch(r"[+-]?\d+", str(text)):
+        raise typer.BadParameter(f"'{text}' is neither auto nor a number of channels such as 8.")
+    return int(text)
+
+
 def numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
     """Return comma-separated numbers."""
     if text is None:
@@ -76,7 +85,8 @@ _PRESET = (
     "less its mean."
 )
 _SHAPE = "Shape of an input whose size the graph leaves free. Repeat for several inputs."
-_KIND = "channel: smaller and faster. element, or n:m such as 2:4: single weights; a smaller file, no faster."
+_KIND = "channel: smaller and faster. element: single weights; a smaller file, no faster. n:m, such as 2:4."
+_ROUND = "Keep channels in multiples of N. auto, the default: of 8 or 4 where layers are wide; exactly F with --keep."
 _CONNECTION = "auto, soft, cross, correction, imitation or regression: which input each network reads."
 _DROP = "Points of accuracy lost, at most; of agreement with the teacher where nothing is labelled."
 _SURE = "Judge the far end of the interval at this confidence, not the measured value: 95%."
@@ -158,7 +168,7 @@ class Target:
     structure: Annotated[str, method("--structure", "KIND", _KIND)] = "channel"
     include: Annotated[list[str] | None, method("--include", "PATTERN", "Only these layers, as 'stage3*'.")] = None
     exclude: Annotated[list[str] | None, method("--exclude", "PATTERN", "All layers but these.")] = None
-    round_to: Annotated[int, method("--round-to", "N", "Keep channels in multiples of N.")] = 1
+    round_to: Annotated[int | None, method("--round-to", "N|auto", _ROUND, parser=multiple)] = None
     residual: Annotated[bool, method("--residual", SWITCH, "Also remove channels that several layers add into.")] = (
         False
     )

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xdonnx.report import Figures, GateResult, LayerResult, Report, gate_line
-from xdonnx_cli.terminal import amount, beside, bullets, heading, percent, plain_table, room, say, shorten
+from xdonnx_cli.terminal import amount, beside, bullets, heading, percent, plain_table, room, say, shorten, shortened
 
 _COLOURS = {"passed": "bold green", "rejected": "bold red", "failed": "bold red"}
 # Layers that are listed: those of the largest error left.
@@ -47,8 +47,10 @@ def show(console: Console, report: Report, *, written: Sequence[Path] = (), quie
 
 def verdict(console: Console, report: Report) -> None:
     """Print what came of it in a line, and why where it is not good."""
-    line = Text(report.status.upper(), _COLOURS[report.status])
-    line.append(f"  {_gist(report)}", "default not bold")
+    # Without a limit nothing was passed: a green word would say more than is known.
+    judged = bool(report.gates) or report.status != "passed"
+    line = Text(report.status.upper() if judged else "DONE", _COLOURS[report.status] if judged else "bold")
+    line.append(f"  {_gist(report)}{'' if judged else '; no limit was set'}", "default not bold")
     console.print(line)
     if report.reasons:
         bullets(console, report.reasons)
@@ -148,11 +150,11 @@ def worst_layers(console: Console, layers: Sequence[LayerResult]) -> None:
     worst = sorted(known, key=lambda layer: -(layer.objective_after or 0.0))[:_WORST]
     table = plain_table("Worst layers", "kept", "error cut", "refitted")
     table.columns[0].header_style = "bold"
-    wide = room(console, 40)
+    names = shortened([layer.layer for layer in known], room(console, 40))
     for layer in worst:
         before, after = layer.objective_before or 0.0, layer.objective_after or 0.0
         kept = f"{layer.kept} of {layer.units}"
-        table.add_row(shorten(layer.layer, wide), kept, _error(before), _error(after))
+        table.add_row(names[layer.layer], kept, _error(before), _error(after))
     console.print()
     console.print(table)
 

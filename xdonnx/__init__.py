@@ -18,8 +18,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from xdonnx.budget import Budget, make_plan
-    from xdonnx.errors import XdonnxError
-    from xdonnx.gate import Gate
+    from xdonnx.errors import (
+        JobError,
+        MachineError,
+        ModelError,
+        NothingToDo,
+        ShotsError,
+        VerifyError,
+        XdonnxError,
+    )
+    from xdonnx.gate import Gate, rejudge
     from xdonnx.graph import Net, read_net
     from xdonnx.images import Preprocess
     from xdonnx.job import Job, run
@@ -33,11 +41,17 @@ _HOME = {
     "Budget": "budget",
     "Gate": "gate",
     "Job": "job",
+    "JobError": "errors",
+    "MachineError": "errors",
+    "ModelError": "errors",
     "Net": "graph",
+    "NothingToDo": "errors",
     "Patch": "patch",
     "Preprocess": "images",
     "Report": "report",
     "Shots": "shots",
+    "ShotsError": "errors",
+    "VerifyError": "errors",
     "XdonnxError": "errors",
     "cut": "patch",
     "make_plan": "budget",
@@ -45,6 +59,7 @@ _HOME = {
     "read_proto": "model",
     "read_report": "report",
     "read_shots": "shots",
+    "rejudge": "gate",
     "run": "job",
     "verify": "verification",
     "write_report": "report",
@@ -54,11 +69,17 @@ __all__ = [
     "Budget",
     "Gate",
     "Job",
+    "JobError",
+    "MachineError",
+    "ModelError",
     "Net",
+    "NothingToDo",
     "Patch",
     "Preprocess",
     "Report",
     "Shots",
+    "ShotsError",
+    "VerifyError",
     "XdonnxError",
     "cut",
     "make_plan",
@@ -66,6 +87,7 @@ __all__ = [
     "read_proto",
     "read_report",
     "read_shots",
+    "rejudge",
     "run",
     "verify",
     "write_report",

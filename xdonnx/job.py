@@ -19,7 +19,7 @@ from xdonnx.budget import KINDS, Budget, Plan, make_plan, pattern_of
 from xdonnx.convert import checked, convert
 from xdonnx.errors import JobError, MachineError, ShotsError, VerifyError, did_you_mean
 from xdonnx.events import Event, Log, ignore
-from xdonnx.fidelity import fixed_batch
+from xdonnx.fidelity import compare, fixed_batch
 from xdonnx.gate import Gate
 from xdonnx.graph import Net, read_net
 from xdonnx.images import Preprocess
@@ -28,7 +28,7 @@ from xdonnx.methods import make
 from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.model import Port, file_bytes, fingerprint, interface, read_proto, sized, write_proto
 from xdonnx.patch import Patch, cut, kept, masked, store_sparse
-from xdonnx.report import FileInfo, LayerResult, Report, tool
+from xdonnx.report import Fidelity, FileInfo, LayerResult, Report, tool
 from xdonnx.runtime import answer, open_session
 from xdonnx.shots import Shots, read_shots, split, synthetic
 from xdonnx.verification import check_interface, verify
@@ -37,6 +37,8 @@ from xdonnx.walk import chunked
 # Masked and cut student may differ by this much of the largest value: only the order of float32 sums changes.
 SAME = 1e-3
 DEFAULT_TARGET = ("macs", 0.5)
+# Of the intervals in the report, where no gate asks for another.
+CONFIDENCE = 0.95
 
 
 class Job(BaseModel):
@@ -325,6 +327,27 @@ def _judge_and_write(
     with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=f".{job.out.name}.") as folder:
         candidate = Path(folder) / job.out.name
         write_proto(student, candidate, external=job.external_data)
+        heard: list[str] = []
+
+        def note(event: Event) -> None:
+            if event.level == "warning":
+                heard.append(event.text)
+            log(event)
+
+        held_out = _fraction(job.holdout) != 0.0
+        fidelity = compare(
+            job.model,
+            candidate,
+            ready.held_out,
+            generator=np.random.default_rng(job.seed),
+            device=ready.device,
+            confidence=job.gate.confidence or CONFIDENCE,
+            held_out=held_out,
+            log=note,
+        )
+        # Stamped with what it was found to be worth, so that the file judged is to the byte the file delivered.
+        _add_metadata(student, _worth(fidelity))
+        write_proto(student, candidate, external=job.external_data)
         report = verify(
             job.model,
             candidate,
@@ -334,17 +357,13 @@ def _judge_and_write(
             seed=job.seed,
             command=command,
             job=job.model_dump(mode="json", fallback=str),
-            held_out=_fraction(job.holdout) != 0.0,
+            held_out=held_out,
             shots_path=", ".join(job.shots) or "synthetic",
-            log=log,
+            known=fidelity,
+            log=note,
         )
         if report.exit_code not in (0, 3):
             raise VerifyError("; ".join(report.reasons))
-        if report.fidelity is not None:
-            agreement = report.fidelity.top1_agreement
-            worst = max((o.relative_l2 for o in report.fidelity.outputs if o.relative_l2 is not None), default=None)
-            facts = {"held_out_agreement": agreement, "held_out_relative_l2": worst}
-            _add_metadata(student, {key: f"{value:.6g}" for key, value in facts.items() if value is not None})
         out = job.out if report.exit_code == 0 else rejected_path(job.out)
         write_proto(student, out, external=job.external_data)
     written = FileInfo(path=str(out), sha256=fingerprint(out), bytes=file_bytes(out))
@@ -352,11 +371,17 @@ def _judge_and_write(
         update={
             "files": report.files.model_copy(update={"student": written}),
             "layers": tuple(layers),
-            "warnings": tuple(dict.fromkeys((*warnings, *report.warnings))),
+            "warnings": tuple(dict.fromkeys((*warnings, *heard, *report.warnings))),
             "started": started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now().astimezone() - started).total_seconds(), 3),
         }
     )
+
+
+def _worth(fidelity: Fidelity) -> dict[str, str]:
+    worst = max((o.relative_l2 for o in fidelity.outputs if o.relative_l2 is not None), default=None)
+    facts = {"held_out_agreement": fidelity.top1_agreement, "held_out_relative_l2": worst}
+    return {key: f"{value:.6g}" for key, value in facts.items() if value is not None}
 
 
 def rejected_path(out: Path) -> Path:

@@ -258,7 +258,7 @@ def summary(report: Report) -> str:
     if report.warnings:
         lines += ["Warnings:", "", *_bullets(report.warnings, 8)]
     command = _clip(report.command, 1000)
-    return "\n".join([*lines, "```", command, "```"]) + "\n"
+    return "\n".join([*lines, *(["```", command, "```"] if command else [])]) + "\n"
 
 
 def _before_after(report: Report) -> list[str]:
