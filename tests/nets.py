@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -175,8 +177,15 @@ def build(name: str, *, opset: int = 13, seed: int = 0) -> onnx.ModelProto:
     return from_text(TEXTS[name], opset=opset, seed=seed)
 
 
-def from_text(text: str, *, opset: int = 13, seed: int = 0, images: tuple[str, ...] = ("image",)) -> onnx.ModelProto:
-    """Parse ONNX text and turn every input but the images into a random initializer."""
+def from_text(
+    text: str,
+    *,
+    opset: int = 13,
+    seed: int = 0,
+    images: tuple[str, ...] = ("image",),
+    integers: Mapping[str, list[int]] | None = None,
+) -> onnx.ModelProto:
+    """Parse ONNX text and turn every input but the images into a random initializer, names in `integers` into those."""
     model = onnx.parser.parse_model(HEADER.replace("{opset}", str(opset)) + text)
     random = np.random.default_rng(seed)
     ports = {value.name: value for value in model.graph.input}
@@ -191,7 +200,7 @@ def from_text(text: str, *, opset: int = 13, seed: int = 0, images: tuple[str, .
             array = np.abs(array) + 0.5  # a variance
         model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), value.name))
     used = {name for node in model.graph.node for name in node.input}
-    for name, numbers in INTEGERS.items():
+    for name, numbers in {**INTEGERS, **(integers or {})}.items():
         if name in used:
             model.graph.initializer.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
     del model.graph.input[:]

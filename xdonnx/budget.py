@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from xdonnx.cost import measure_cost
 from xdonnx.errors import JobError, NothingToDo, did_you_mean
 from xdonnx.graph import Group, Net
 from xdonnx.layers import Layer
@@ -136,8 +137,7 @@ def make_plan(net: Net, budget: Budget) -> Plan:
 def weight_layers(net: Net) -> list[Layer]:
     """Return the layers that may lose single weights: every convolution but the first."""
     convolutions = [layer for layer in net.layers.values() if layer.kernel]
-    shared = [layer.weight for layer in net.layers.values()]
-    return [layer for layer in convolutions[1:] if shared.count(layer.weight) == 1]
+    return [layer for layer in convolutions[1:] if layer.weight not in net.shared]
 
 
 def candidates(net: Net, budget: Budget, named: set[str] | None = None) -> list[int]:
@@ -157,9 +157,10 @@ def macs(net: Net, keep: np.ndarray) -> int:
 
 def params(net: Net, keep: np.ndarray) -> int:
     """Return weights and biases of all layers, given which labels stay."""
-    total = 0
+    total, seen = 0, set[str]()
     for layer in net.layers.values():
-        weights = int(net.array(layer.weight).size)
+        weights = 0 if layer.weight in seen else int(net.array(layer.weight).size)
+        seen.add(layer.weight)
         total += _share(layer, keep, weights)
         total += int(keep[layer.out_ids].sum()) if layer.bias else 0
     return total
@@ -199,21 +200,22 @@ def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
         chosen = counts(budget.amount)
     else:
         cost: Callable[[Net, np.ndarray], int] = macs if budget.kind == "macs" else params
-        everything = cost(net, np.ones(net.labels, bool))
+        fixed = _other_macs(net) if budget.kind == "macs" else 0
+        everything = fixed + cost(net, np.ones(net.labels, bool))
         limit = budget.amount * everything
         fractions = sorted(
             {k / len(net.groups[at].ids) for at in groups for k in range(1, len(net.groups[at].ids) + 1)}
         )
         low, high = 0, len(fractions) - 1
-        least = cost(net, pretend(net, counts(fractions[0])))
+        least = fixed + cost(net, pretend(net, counts(fractions[0])))
         if least > limit:
             raise NothingToDo(
-                f"--{budget.kind} {budget.amount:.0%} is out of reach: with one channel left wherever one may go, "
-                f"{least / everything:.1%} remain.\n  Ask for more than that, or pass --residual."
+                f"--{budget.kind} {budget.amount:.0%} is out of reach: with as few channels left as --round-to allows, "
+                f"{least / everything:.1%} remain.\n  Ask for more than that, pass --round-to 1, or pass --residual."
             )
         while low < high:
             middle = (low + high + 1) // 2
-            if cost(net, pretend(net, counts(fractions[middle]))) <= limit:
+            if fixed + cost(net, pretend(net, counts(fractions[middle]))) <= limit:
                 low = middle
             else:
                 high = middle - 1
@@ -230,6 +232,13 @@ def _multiple(group: Group, budget: Budget) -> int:
     if budget.kind == "keep":
         return 1
     return 8 if len(group.ids) >= 32 else 4 if len(group.ids) >= 8 else 1
+
+
+def _other_macs(net: Net) -> int:
+    """Return what nodes cost that are no layers, such as products of two activations: removal does not touch it."""
+    shapes = {port.name: net.shapes[port.name] for port in net.interface.inputs if port.name in net.shapes}
+    whole = measure_cost(net.source, shapes).macs // net.batch
+    return max(0, whole - sum(layer.macs for layer in net.layers.values()))
 
 
 def _rounded(group: Group, fraction: float, multiple: int) -> int:

@@ -30,6 +30,8 @@ from xdonnx.runtime import answer, open_session
 
 # Relative to the largest value of the node's answer; float32 kernels differ by about 1e-6 of it.
 PARITY = 1e-4
+# float16 kernels round at different places; each step costs 5e-4.
+_COARSE = 50
 # Answers smaller than this count as this large: onnxruntime's Sigmoid is only good to 1e-7 absolute near zero.
 _SMALLEST_SCALE = 1e-2
 
@@ -294,7 +296,8 @@ def _gap(net: Net, program: Program, step: Step, truth: Mapping[str, Any]) -> fl
             scale = max(float(np.abs(theirs).max(initial=0.0, where=np.isfinite(theirs))), _SMALLEST_SCALE)
             same = (mine == theirs) | (np.isnan(mine) & np.isnan(theirs))
             off = np.abs(np.where(same, 0.0, mine.astype(np.float64) - theirs))
-            worst = max(worst, float(np.nan_to_num(off, nan=np.inf).max(initial=0.0)) / scale)
+            gap = float(np.nan_to_num(off, nan=np.inf).max(initial=0.0)) / scale
+            worst = max(worst, gap / _COARSE if theirs.dtype == np.float16 else gap)
         elif not np.array_equal(mine, theirs):
             return float("inf")
     return worst

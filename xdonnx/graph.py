@@ -69,6 +69,8 @@ class Net:
         {label: reason} for channels that stay.
     labels : int
         One more than the largest label.
+    batch : int
+        Samples of one run: the graph's own batch where it is fixed, else 1.
     """
 
     source: onnx.ModelProto
@@ -82,12 +84,19 @@ class Net:
     counts: tuple[Count, ...]
     pinned: Mapping[int, str]
     labels: int
+    batch: int
 
     def array(self, initializer: str) -> np.ndarray:
         """Return an initializer's array."""
         array = constant(self.model.graph.initializers[initializer])
         assert array is not None
         return array
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Weights that more than one node reads: no layer may change them for itself."""
+        weights = {layer.weight for layer in self.layers.values()}
+        return frozenset(name for name in weights if len(self.model.graph.initializers[name].uses()) > 1)
 
     def reasons(self, layer: Layer) -> list[str]:
         """Return why channels that this layer makes must stay, each reason once."""
@@ -115,7 +124,8 @@ def read_net(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]] | None =
     prepared = ir.to_proto(model)
     shapes = infer_shapes(prepared, concrete)
     shapes.update(_measured_shapes(prepared, ports, concrete, shapes))
-    labels = Labels(model, shapes)
+    batch = next((shape[0] for shape in concrete.values() if shape), 1)
+    labels = Labels(model, shapes, batch)
     layers: dict[str, Layer] = {}
     for node in model.graph:
         make = LAYERS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
@@ -123,6 +133,9 @@ def read_net(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]] | None =
             rule_for(node)(labels, node)
         elif (layer := make(labels, node)) is not None:
             layers[layer.name] = layer
+        for value in node.outputs[1:]:
+            if (value.uses() or value.is_graph_output()) and labels.track(value) is None:
+                labels.pin_node(node, f"{node.op_type} '{node.outputs[0].name}' makes '{value.name}' of them too")
     if not any(layer.op in ("Conv", "ConvTranspose") for layer in layers.values()):
         raise ModelError("the model has no convolution with a constant weight.\n  xdonnx compresses CNNs.")
     _pin_shared_weights(labels, layers)
@@ -140,6 +153,7 @@ def read_net(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]] | None =
         counts=tuple(replace(count, ids=labels.roots(count.ids)) for count in labels.counts),
         pinned=labels.pinned(),
         labels=len(labels),
+        batch=batch,
     )
 
 
@@ -233,15 +247,12 @@ def _input_shapes(
 
 
 def _pin_shared_weights(labels: Labels, layers: Mapping[str, Layer]) -> None:
-    first: dict[str, Layer] = {}
     for layer in layers.values():
-        other = first.setdefault(layer.weight, layer)
-        if other is layer:
-            continue
-        reason = f"'{other.name}' and '{layer.name}' share the weight '{layer.weight}'"
-        for one in (other, layer):
-            labels.pin(one.out_ids, reason)
-            labels.pin(one.columns[one.columns >= 0], reason)
+        readers = [user.outputs[0].name for user, _ in labels.graph.initializers[layer.weight].uses()]
+        if len(readers) > 1:
+            reason = f"'{readers[0]}' and '{readers[1]}' share the weight '{layer.weight}'"
+            labels.pin(layer.out_ids, reason)
+            labels.pin(layer.columns[layer.columns >= 0], reason)
 
 
 def _resolved(labels: Labels, layer: Layer) -> Layer:
@@ -263,17 +274,22 @@ def _groups(labels: Labels, layers: Mapping[str, Layer]) -> tuple[Group, ...]:
             if label >= 0:
                 readers.setdefault(int(label), {})[layer.name] = None
     pinned, streams = labels.pinned(), labels.streams()
-    sorted_out: dict[tuple[tuple[str, ...], tuple[str, ...], str | None], list[int]] = {}
+    # Channels that travel apart anywhere (through the halves of a Split) are decided apart, so that some of each stay.
+    travel: dict[int, list[str]] = {}
+    for name, track in labels.tracks.items():
+        for label in np.unique(labels.roots(track.ids)):
+            travel.setdefault(int(label), []).append(name)
+    sorted_out: dict[tuple[tuple[str, ...], tuple[str, ...], str | None, tuple[str, ...]], list[int]] = {}
     for label in sorted(makers):
         if label in pinned:
             continue
         if label not in readers:
             labels.pin(np.array([label]), "no layer reads it")
             continue
-        key = (tuple(makers[label]), tuple(readers[label]), streams.get(label))
+        key = (tuple(makers[label]), tuple(readers[label]), streams.get(label), tuple(travel.get(label, ())))
         sorted_out.setdefault(key, []).append(label)
     groups = []
-    for (made_by, read_by, stream), ids in sorted_out.items():
+    for (made_by, read_by, stream, _), ids in sorted_out.items():
         if len(ids) == 1:
             labels.pin(np.array(ids), "it is the only channel of its kind")
             continue

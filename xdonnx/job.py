@@ -26,11 +26,11 @@ from xdonnx.images import Preprocess
 from xdonnx.layers import Layer
 from xdonnx.methods import make
 from xdonnx.methods.layerwise import Bench, Outcome
-from xdonnx.model import Port, file_bytes, fingerprint, interface, read_proto, sized, write_proto
+from xdonnx.model import Port, file_bytes, fingerprint, interface, model_files, read_proto, sized, write_proto
 from xdonnx.patch import Patch, cut, kept, masked, store_sparse
 from xdonnx.report import Fidelity, FileInfo, LayerResult, Report, tool
 from xdonnx.runtime import answer, open_session
-from xdonnx.shots import Shots, read_shots, split, synthetic
+from xdonnx.shots import Shots, read_shots, split, synthetic, unseen
 from xdonnx.verification import check_interface, verify
 from xdonnx.walk import chunked
 
@@ -191,6 +191,17 @@ def prepared(job: Job, log: Log = ignore) -> Prepared:
     ports = sized(interface(proto).inputs, job.input_shape)
     whole, held = _read_shots(job, ports, log)
     fit, held_out = split(whole, per_class=job.per_class, max_shots=job.max_shots, holdout=held, seed=job.seed)
+    if held != 0.0:
+        judging = unseen(held_out, fit)
+        if not len(judging):
+            raise ShotsError(
+                f"all {len(held_out)} held-out samples are also among those that fit, so they cannot judge.\n"
+                "  Hold out others, or pass --holdout 0 to judge on those that fit and say so."
+            )
+        if len(judging) < len(held_out):
+            many = len(held_out) - len(judging)
+            log(Event("shots", f"{many} held-out samples are also among those that fit: left out.", level="warning"))
+        held_out = judging
     # Reading the shots has warned of the first five by name.
     for name in whole.skipped[5:]:
         log(Event("shots", f"left out, unreadable: {name}", level="warning"))
@@ -239,10 +250,18 @@ def _check_out(job: Job) -> None:
         raise JobError(f"the folder of '{job.out}' does not exist.\n  Make it: mkdir -p '{job.out.parent}'")
     if job.out.is_dir():
         raise JobError(f"'{job.out}' is a folder.\n  Name a file: -o {job.out / 'student.onnx'}")
-    if job.out.resolve() == job.model.resolve():
-        raise JobError(f"OUT is MODEL: '{job.out}'.\n  The teacher is never overwritten; name another file.")
-    if job.out.exists() and not job.force:
-        raise JobError(f"'{job.out}' exists.\n  Pass --force to replace it.")
+    # A candidate that fails its gate, and weights kept outside, go to files of their own beside OUT.
+    written = [job.out, rejected_path(job.out)]
+    written += [path.with_name(f"{path.name}.data") for path in written]
+    teacher = {path.resolve() for path in model_files(job.model)} if job.model.is_file() else set()
+    for path in written:
+        if path.resolve() in teacher:
+            what = "OUT is MODEL" if path == job.out else f"'{path}' would be written, and is part of MODEL"
+            raise JobError(f"{what}: '{job.out}'.\n  The teacher is never overwritten; name another file.")
+    if not job.force:
+        for path in (job.out, written[2]):
+            if path.exists():
+                raise JobError(f"'{path}' exists.\n  Pass --force to replace it.")
     if not os.access(job.out.parent, os.W_OK):
         raise MachineError(f"cannot write into '{job.out.parent}'.")
 
@@ -272,7 +291,7 @@ def _check_same(silenced: onnx.ModelProto, student: onnx.ModelProto, inputs: Map
         # Below 0.01 the absolute gap counts: onnxruntime's Sigmoid is inexact near zero.
         scale = max(float(np.abs(array).max(initial=0.0)), 1e-2)
         gap = float(np.abs(array - found[name]).max(initial=0.0)) / scale
-        if not gap <= SAME:
+        if not gap <= (10 * SAME if array.dtype == np.float16 else SAME):
             raise VerifyError(
                 f"output '{name}' of the cut student differs from the masked one by {gap:.1e} of its largest value.\n"
                 "  This is a defect of xdonnx: please report it with the model's operators (xdonnx inspect)."
@@ -408,8 +427,8 @@ def _layer_results(net: Net, outcome: Outcome, structure: str) -> list[LayerResu
                 units=int(weight.size) if single else len(layer.out_ids),
                 params_before=layer.params,
                 params_after=round((layer.params - biases) * share) + (outputs if layer.bias else 0),
-                macs_before=layer.macs,
-                macs_after=round(layer.macs * share),
+                macs_before=layer.macs * net.batch,
+                macs_after=round(layer.macs * share) * net.batch,
                 objective_before=trace.objective_before if trace else None,
                 objective_after=trace.objective_after if trace else None,
                 seconds=round(trace.seconds, 4) if trace else None,

@@ -8,7 +8,7 @@ labels, and removing channels is `np.compress(keep[labels], array, axis)` for ev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -55,8 +55,9 @@ class Count:
 class Labels:
     """The growing record of one graph's labels; rules write into it node by node, in graph order."""
 
-    def __init__(self, model: ir.Model, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, model: ir.Model, shapes: dict[str, tuple[int, ...]], batch: int = 1) -> None:
         self.model = model
+        self.batch = batch
         self.graph = model.graph
         self.shapes = shapes
         self.tracks: dict[str, Track] = {}
@@ -163,6 +164,8 @@ class Labels:
         key = (value.name, axis)
         if key in self.slots:
             self.tie(self.slots[key].ids, ids)
+            if role == "read":
+                self.slots[key] = replace(self.slots[key], role=role)
         else:
             self.slots[key] = Slot(value.name, axis, ids, role)
         self.readers.setdefault(value.name, set()).add(node)

@@ -186,6 +186,9 @@ def product(labels: Labels, node: ir.Node) -> Layer | None:
     ids = labels.along(_input(node, 0), axis, name)
     if ids is None:
         # Channels lie along another axis: this product mixes positions and hands channels on untouched.
+        if gemm:
+            labels.pin_node(node, f"Gemm '{name}' has them along its rows")
+            return None
         labels.follow(node.outputs[0], labels.track(node.inputs[0]))
         return None
     out_ids = labels.fresh(weight.shape[0 if stored_outputs_first else 1])
@@ -196,7 +199,7 @@ def product(labels: Labels, node: ir.Node) -> Layer | None:
     labels.follow(node.outputs[0], Track(axis, out_ids))
     if not plain or (gemm and len(node.inputs) > 2 and node.inputs[2] is not None and bias is None):
         return None
-    positions = int(np.prod(shape[1:-1]))
+    positions = max(1, int(np.prod(shape[:-1])) // labels.batch)
     return Layer(
         name=name,
         node=node.name or "",

@@ -275,12 +275,20 @@ def fingerprint(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def model_files(path: str | Path) -> list[Path]:
+    """Return the file and the external data that it names; the file alone where it cannot be read."""
+    path = Path(path)
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError, OSError):
+        return [path]
+    beside = {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"}
+    return [path, *(path.parent / name for name in sorted(beside))]
+
+
 def file_bytes(path: str | Path) -> int:
     """Return the bytes that shipping the model costs: the file and its external data."""
-    path = Path(path)
-    proto = onnx.load(path, load_external_data=False)
-    beside: set[str] = {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"}
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
+    return sum(file.stat().st_size for file in model_files(path))
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:

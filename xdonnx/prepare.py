@@ -140,7 +140,7 @@ def _fold_batch_norm(node: ir.Node) -> None:
     weight = constant(weight_value)
     bias_value = layer.inputs[2] if len(layer.inputs) > 2 else None
     bias = constant(bias_value)
-    if weight is None or any(p is None for p in parameters) or (bias_value is not None and bias is None):
+    if weight is None or any(p is None or p.ndim != 1 for p in parameters) or (bias_value is not None and bias is None):
         return
     axis = _output_axis(layer)
     if axis is None:

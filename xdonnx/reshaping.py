@@ -42,20 +42,29 @@ def reshape(labels: Labels, node: ir.Node) -> None:
     if spread is None:
         labels.pin_node(node, f"the shape at Reshape '{name}' is not known")
         return
-    track = labels.regular(spread)
+    before, track = labels.track(node.inputs[0]), labels.regular(spread)
+    assert before is not None
+    target = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    copied = set() if target is None else set(np.flatnonzero(target == 0).tolist())
+    if before.axis != track.axis and copied & {before.axis, track.axis}:
+        labels.pin_node(node, f"Reshape '{name}' copies a size from one axis to another")
+        return
     stated = len(node.inputs) > 1
     if stated and not labels.count_input(node, 1, track.axis, track.ids, inferred=(0, -1)):
         labels.pin(track.ids, f"Reshape '{name}' computes its shape")
-    elif not stated and "shape" in node.attributes:  # opset below 5
-        target = list_attribute(node, "shape") or []
-        if target[track.axis] > 0:
-            labels.count_attribute(node, "shape", track.axis, track.ids)
+    # Below opset 5 the target is an attribute.
+    elif not stated and (list_attribute(node, "shape") or [0] * len(spread.shape))[track.axis] > 0:
+        labels.count_attribute(node, "shape", track.axis, track.ids)
     labels.follow(node.outputs[0], track)
 
 
 def flatten(labels: Labels, node: ir.Node) -> None:
     """Flatten, Squeeze, Unsqueeze: the same elements in another shape that follows by itself."""
     if labels.track(node.inputs[0]) is None:
+        return
+    if node.op_type == "Squeeze" and input_or_attribute(node, 1, "axes") is None:
+        # Without axes it drops whatever has size 1, which a channel axis may come to have.
+        labels.pin_node(node, f"Squeeze '{node.outputs[0].name}' names no axes")
         return
     spread = _spread(labels, node)
     if spread is None:
@@ -153,7 +162,8 @@ def slice_(labels: Labels, node: ir.Node) -> None:
     shape = labels.shape(node.inputs[0])
     starts, ends = (input_or_attribute(node, at, name) for at, name in ((1, "starts"), (2, "ends")))
     name = node.outputs[0].name
-    if shape is None or starts is None or ends is None:
+    computed = any(len(node.inputs) > at and node.inputs[at] and constant(node.inputs[at]) is None for at in (3, 4))
+    if shape is None or starts is None or ends is None or computed:
         labels.pin_node(node, f"Slice '{name}' computes its bounds")
         return
     axes = input_or_attribute(node, 3, "axes") or list(range(len(starts)))
@@ -250,6 +260,9 @@ def expand(labels: Labels, node: ir.Node) -> None:
         labels.pin_node(node, f"the shape at Expand '{name}' is not known")
         return
     axis = track.axis + len(after) - len(before)
+    if before[track.axis] != after[axis]:
+        labels.pin_node(node, f"Expand '{name}' spreads one channel over many")
+        return
     target = constant(node.inputs[1])
     at = axis - (len(after) - len(target)) if target is not None else axis
     stated = target is None or (at >= 0 and int(target[at]) != 1)

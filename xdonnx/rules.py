@@ -150,7 +150,8 @@ def normalization(labels: Labels, node: ir.Node) -> None:
     if track is None:
         return
     parameters = node.inputs[1:]
-    if track.axis != 1 or any(constant(value) is None for value in parameters):
+    arrays = [constant(value) for value in parameters]
+    if track.axis != 1 or any(array is None or array.shape != (len(track.ids),) for array in arrays):
         labels.pin_node(node, f"{node.op_type} '{node.outputs[0].name}' computes its parameters")
         return
     for value in parameters:
@@ -175,8 +176,13 @@ def layer_normalization(labels: Labels, node: ir.Node) -> None:
 def size(labels: Labels, node: ir.Node) -> None:
     """Shape: harmless while nobody computes with the number of channels."""
     track = labels.track(node.inputs[0])
-    if track is None or _ignores(labels, node.outputs[0], track.axis):
+    shape = labels.shape(node.inputs[0])
+    if track is None:
         return
+    if shape is not None:
+        said = range(len(shape))[int_attribute(node, "start", 0) : int_attribute(node, "end", len(shape))]
+        if track.axis not in said or _ignores(labels, node.outputs[0], track.axis - said.start):
+            return
     labels.pin(track.ids, f"Shape '{node.outputs[0].name}' lets the graph compute with their number")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,6 +216,19 @@ def split(
     pool = rest if len(rest) else drawn
     held = _stratified(shots.labels, pool, min(count, len(rest) or len(drawn) - 1), generator)
     return shots.take(np.setdiff1d(drawn, held)), shots.take(held)
+
+
+def unseen(held_out: Shots, fit: Shots) -> Shots:
+    """Return the held-out shots that are not, to the byte, among those that fit."""
+
+    def digests(shots: Shots) -> list[bytes]:
+        rows = range(len(shots))
+        return [
+            b"".join(hashlib.sha256(values[row].tobytes()).digest() for values in shots.inputs.values()) for row in rows
+        ]
+
+    known = set(digests(fit))
+    return held_out.take([row for row, digest in enumerate(digests(held_out)) if digest not in known])
 
 
 def synthetic(ports: Sequence[Port], count: int, generator: np.random.Generator) -> Shots:

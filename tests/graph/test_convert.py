@@ -49,13 +49,7 @@ def test_the_walk_answers_as_onnxruntime(name: str, opset: int) -> None:
 def after_conv(body: str, shape: str = "N,4,h,w", opset: int = 18, **integers: list[int]) -> onnx.ModelProto:
     """Wrap operators that read `x` and make `out`, so that a convolution stands before them."""
     text = f"g (float[N,3,6,6] image, float[4,3,3,3] w) => (float[{shape}] out) {{\n x = Conv (image, w)\n {body} }}"
-    model = nets.from_text("\n" + text, opset=opset)
-    given = [tensor for tensor in model.graph.initializer if tensor.name not in integers]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(given)
-    for name, numbers in integers.items():
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(numbers, np.int64), name))
-    return model
+    return nets.from_text("\n" + text, opset=opset, integers=integers)
 
 
 @pytest.mark.parametrize("coordinates", ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"])

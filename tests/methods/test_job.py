@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import same_interface
 
-from xdonnx.errors import JobError, VerifyError
+from xdonnx.errors import JobError, ShotsError, VerifyError
 from xdonnx.events import Event
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
@@ -119,6 +119,27 @@ def test_a_cut_that_answers_otherwise_is_never_written(tmp_path: Path, monkeypat
     with pytest.raises(VerifyError, match="differs from the masked one"):
         run(job(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_no_file_of_the_teacher_is_ever_overwritten(tmp_path: Path) -> None:
+    teacher = onnx.load(SAMPLES / "digits_mobile.onnx")
+    onnx.save(teacher, tmp_path / "s.rejected.onnx")
+    with pytest.raises(JobError, match="part of MODEL"):
+        run(job(tmp_path, model=tmp_path / "s.rejected.onnx", out=tmp_path / "s.onnx", force=True))
+    onnx.save(teacher, tmp_path / "a.onnx", save_as_external_data=True, location="b.onnx.data", size_threshold=0)
+    with pytest.raises(JobError, match="part of MODEL"):
+        run(job(tmp_path, model=tmp_path / "a.onnx", out=tmp_path / "b.onnx", external_data="always", force=True))
+
+
+def test_samples_that_fit_do_not_judge(tmp_path: Path) -> None:
+    with pytest.raises(ShotsError, match="also among those that fit"):
+        run(job(tmp_path, holdout=str(SAMPLES / "shots")))
+    with np.load(SAMPLES / "held_out.npz") as held:
+        np.savez(tmp_path / "some.npz", images=held["images"][:60], labels=held["labels"][:60])
+        np.savez(tmp_path / "more.npz", images=held["images"][40:90], labels=held["labels"][40:90])
+    report = run(job(tmp_path, shots=(str(tmp_path / "some.npz"),), holdout=str(tmp_path / "more.npz")))
+    assert report.fidelity and report.fidelity.samples == 30
+    assert any("20 held-out samples are also among those that fit" in warning for warning in report.warnings)
 
 
 def test_methods_chain(tmp_path: Path) -> None:

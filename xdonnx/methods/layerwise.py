@@ -56,12 +56,13 @@ class Trace:
     """What happened at one layer.
 
     `objective_before` is the error of the removal alone, `objective_after` that after the refit; both are shares of the
-    teacher's output energy, under the regression connection.
+    teacher's output energy (without its bias where that is not refitted), under the regression connection. None where
+    the layer was left as it is on inputs that differ.
     """
 
     layer: str
-    objective_before: float
-    objective_after: float
+    objective_before: float | None
+    objective_after: float | None
     seconds: float
 
 
@@ -140,7 +141,8 @@ class _Visitor:
         layer, began = stop.layer, time.perf_counter()
         done = len(self.traces)
         self.bench.log(Event("fit", layer.name, done=done, total=len(self.net.layers)))
-        before = after = 0.0
+        # Where nothing was done the error is none, or was not looked at.
+        before = after = 0.0 if stop.agree else None
         weights: Weights | None = None
         if self._open(stop):
             weights, before, after = self._fit(stop)
@@ -153,6 +155,8 @@ class _Visitor:
     def _open(self, stop: Stop) -> bool:
         layer = stop.layer
         read = set(layer.columns[layer.columns >= 0].tolist())
+        if layer.weight in self.net.shared:
+            return False  # what suits one reader would be forced on the others
         loses = layer.name in self.decides or layer.name in self.plan.weights or layer.name in self.plan.layers
         return bool(loses or read & self.drop or (self.rule.refit and not stop.agree))
 
@@ -216,6 +220,8 @@ class _Visitor:
         magnitude and the rest stays as it is: rows differ in support, and so would need a system each.
         """
         layer = stop.layer
+        text = f"'{layer.name}' has {len(layer.columns)} columns: fitted by regression, whatever the connection."
+        self.bench.log(Event("fit", text, level="warning"))
         x_t, x_s = (sampled_columns(chunks, stop.geometry) for chunks in (stop.teacher, stop.student))
         teacher = to_matrix(stop.weight, None, stop.geometry).double()
         columns = torch.tensor(layer.columns, device=teacher.device)
