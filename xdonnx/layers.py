@@ -63,21 +63,13 @@ class Layer:
 
 def conv(labels: Labels, node: ir.Node) -> Layer | None:
     """Conv: fresh labels for what it makes; a depthwise one hands its input's labels on."""
-    weight = constant(node.inputs[1])
-    shape = labels.shape(node.inputs[0])
-    made = labels.shape(node.outputs[0])
-    name = str(node.outputs[0].name)
-    if weight is None or shape is None or made is None:
-        why = "its weight is computed by the graph" if weight is None else "its shape is not known"
-        labels.pin_node(node, f"'{name}' cannot be cut: {why}")
+    found = _reading(labels, node)
+    if found is None:
         return None
+    weight, shape, made, ids = found
+    name = str(node.outputs[0].name)
     groups = int_attribute(node, "group", 1)
     outputs = weight.shape[0]
-    _check_channels(name, "Conv", shape[1], weight.shape[1] * groups)
-    ids = labels.along(_input(node, 0), 1, name)
-    if ids is None:
-        labels.pin_node(node, f"'{name}' reads channels along an axis that is not its own")
-        ids = labels.fresh(shape[1], pin=f"'{name}' cannot be cut")
     kernel = weight.shape[2:]
     if groups > 1 and weight.shape[1] == 1:
         out_ids = np.repeat(ids, outputs // groups)
@@ -116,21 +108,13 @@ def conv(labels: Labels, node: ir.Node) -> Layer | None:
 
 def conv_transpose(labels: Labels, node: ir.Node) -> Layer | None:
     """ConvTranspose: as Conv, with the weight's axes the other way round."""
-    weight = constant(node.inputs[1])
-    shape = labels.shape(node.inputs[0])
-    made = labels.shape(node.outputs[0])
-    name = str(node.outputs[0].name)
-    if weight is None or shape is None or made is None:
-        why = "its weight is computed by the graph" if weight is None else "its shape is not known"
-        labels.pin_node(node, f"'{name}' cannot be cut: {why}")
+    found = _reading(labels, node)
+    if found is None:
         return None
+    weight, shape, made, ids = found
+    name = str(node.outputs[0].name)
     groups = int_attribute(node, "group", 1)
     per_group = weight.shape[1]
-    _check_channels(name, "ConvTranspose", shape[1], weight.shape[0])
-    ids = labels.along(_input(node, 0), 1, name)
-    if ids is None:
-        labels.pin_node(node, f"'{name}' reads channels along an axis that is not its own")
-        ids = labels.fresh(shape[1], pin=f"'{name}' cannot be cut")
     kernel = weight.shape[2:]
     depthwise = groups > 1 and shape[1] == groups
     if depthwise:
@@ -225,11 +209,27 @@ def product(labels: Labels, node: ir.Node) -> Layer | None:
 LAYERS = {"Conv": conv, "ConvTranspose": conv_transpose, "Gemm": product, "MatMul": product}
 
 
-def _check_channels(name: str, op: str, read: int, wanted: int) -> None:
-    if read != wanted:
+def _reading(labels: Labels, node: ir.Node) -> tuple[np.ndarray, tuple[int, ...], tuple[int, ...], Ids] | None:
+    """Return a convolution's weight, its shapes in and out, and the labels it reads; None where it cannot be cut."""
+    weight = constant(node.inputs[1])
+    shape, made = labels.shape(node.inputs[0]), labels.shape(node.outputs[0])
+    name = str(node.outputs[0].name)
+    if weight is None or shape is None or made is None:
+        why = "its weight is computed by the graph" if weight is None else "its shape is not known"
+        labels.pin_node(node, f"'{name}' cannot be cut: {why}")
+        return None
+    transposed = node.op_type == "ConvTranspose"
+    wanted = weight.shape[0] if transposed else weight.shape[1] * int_attribute(node, "group", 1)
+    if shape[1] != wanted:
         raise ModelError(
-            f"{op} '{name}' reads {read} channels, and its weight is made for {wanted}.\n  Export the model again."
+            f"{node.op_type} '{name}' reads {shape[1]} channels, and its weight is made for {wanted}.\n"
+            "  Export the model again."
         )
+    ids = labels.along(_input(node, 0), 1, name)
+    if ids is None:
+        labels.pin_node(node, f"'{name}' reads channels along an axis that is not its own")
+        ids = labels.fresh(shape[1], pin=f"'{name}' cannot be cut")
+    return weight, shape, made, ids
 
 
 def _input(node: ir.Node, at: int) -> ir.Value:
