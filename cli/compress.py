@@ -110,7 +110,7 @@ def _dry_run(library: Any, job: Job, talk: Talk) -> int:
     from xdonnx_cli.plan import as_dict, show_plan
 
     with told(talk) as log:
-        ready = library.prepared(job, log)
+        ready = library.prepared(job, log, writes=False)
     put_json(talk.json, json.dumps(as_dict(job, ready), indent=2))
     if not talk.quiet:
         show_plan(tables(talk), job, ready)

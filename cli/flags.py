@@ -54,6 +54,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def points(text: str) -> float:
+    """Return points, with or without a sign of per cent: both are meant the same."""
+    try:
+        return float(str(text).strip().removesuffix("%"))
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no number of points such as 1 or 0.5.") from None
+
+
 def multiple(text: str) -> int | None:
     """Return a number of channels, None for 'auto'."""
     if str(text) == "auto":
@@ -194,7 +202,7 @@ class Recipe:
 class Limits:
     """What the student must keep to pass."""
 
-    max_drop: Annotated[float | None, limit("--max-drop", "POINTS", _DROP)] = None
+    max_drop: Annotated[float | None, limit("--max-drop", "POINTS", _DROP, parser=points)] = None
     max_error: Annotated[float | None, limit("--max-error", "X", "Relative L2 error of any output, at most.")] = None
     min_shrink: Annotated[
         float | None, limit("--min-shrink", "P", "Bytes gone, at least: 10% or 0.1.", parser=fraction)

@@ -90,7 +90,10 @@ def before_after(console: Console, report: Report) -> None:
         count = report.fidelity.samples
         kind = f"{'held-out ' * report.fidelity.held_out}sample{'s' * (count != 1)}"
         fitted = "" if report.fidelity.held_out else ", which also fitted the student"
-        console.print(Text(f"on {count} {kind}{fitted}; {report.device}", "dim"))
+        fit = f"fitted on {report.fit_samples}; " if report.fit_samples is not None else ""
+        preset = (report.job.get("preprocess") or {}).get("preset")
+        seen = f"; preset {preset}" if preset else ""
+        console.print(Text(f"{fit}judged on {count} {kind}{fitted}{seen}; {report.device}", "dim"))
 
 
 def _cost_rows(teacher: Figures, student: Figures) -> Iterable[tuple[str, ...]]:

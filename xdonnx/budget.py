@@ -28,7 +28,7 @@ class Budget:
     kind : {'keep', 'macs', 'params'}
         'keep': the fraction of units in every layer that may lose some; the others: of the whole network.
     amount : float
-        A fraction of the teacher, above 0 and at most 1.
+        A fraction of the teacher, above 0 and below 1.
     structure : str
         'channel', 'element', or 'n:m' such as '2:4'.
     include, exclude : tuple of str
@@ -101,9 +101,11 @@ def make_plan(net: Net, budget: Budget) -> Plan:
     """
     if budget.kind not in KINDS:
         raise JobError(f"unknown target '{budget.kind}'.\n  Targets: {', '.join(KINDS)}.")
-    if not 0 < budget.amount <= 1 or (budget.kind == "keep" and budget.amount == 1):
-        limits = "above 0 and below 1" if budget.kind == "keep" else "above 0 % and at most 100 %"
-        raise JobError(f"--{budget.kind} is {budget.amount:g}.\n  It is a fraction: {limits}.")
+    if not 0 < budget.amount < 1:
+        raise JobError(
+            f"--{budget.kind} is {budget.amount:g}.\n  It is a fraction above 0 and below 1: "
+            "0.5 or 50%. One per cent is 1%."
+        )
     if budget.round_to is not None and budget.round_to < 1:
         raise JobError(f"--round-to is {budget.round_to}.\n  It is a number of channels: 1 or more.")
     pattern = pattern_of(budget.structure)

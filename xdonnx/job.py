@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from xdonnx.budget import KINDS, Budget, Plan, make_plan, pattern_of
 from xdonnx.convert import checked, convert
@@ -81,6 +81,11 @@ class Job(BaseModel):
     external_data: str = "auto"
     device: str = "auto"
     seed: int = 0
+
+    @field_validator("shots", "method", "include", "exclude", mode="before")
+    @classmethod
+    def _one_or_many(cls, given: Any) -> Any:
+        return (str(given),) if isinstance(given, (str, Path)) else given
 
     def budget(self) -> Budget:
         """Return the target; raises JobError when several are given."""
@@ -173,8 +178,15 @@ def run(job: Job, log: Log = ignore, *, command: str = "") -> Report:
     return _judge_and_write(job, ready, student, layers, tuple(warnings), started, command, log)
 
 
-def prepared(job: Job, log: Log = ignore) -> Prepared:
+def prepared(job: Job, log: Log = ignore, *, writes: bool = True) -> Prepared:
     """Read and check everything that a job names, so that mistakes show before any work.
+
+    Parameters
+    ----------
+    job : Job
+    log : callable
+    writes : bool
+        Whether OUT will be written, and so has to be free.
 
     Raises
     ------
@@ -183,7 +195,8 @@ def prepared(job: Job, log: Log = ignore) -> Prepared:
     """
     budget = job.budget()
     job.methods()
-    _check_out(job)
+    if writes:
+        _check_out(job)
     device = _device(job.device)
     log(Event("read", f"Read {job.model.name}"))
     proto = read_proto(job.model)
@@ -390,6 +403,7 @@ def _judge_and_write(
         update={
             "files": report.files.model_copy(update={"student": written}),
             "layers": tuple(layers),
+            "fit_samples": len(ready.fit),
             "warnings": tuple(dict.fromkeys((*warnings, *heard, *report.warnings))),
             "started": started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now().astimezone() - started).total_seconds(), 3),

@@ -201,6 +201,7 @@ class Report(BaseModel):
     layers: tuple[LayerResult, ...] = ()
     interface: InterfaceCheck | None = None
     warnings: tuple[str, ...] = ()
+    fit_samples: int | None = Field(None, description="samples that fitted the student; None for two given files")
 
 
 def tool() -> Tool:
@@ -364,7 +365,8 @@ def read_report(path: str | Path) -> Report:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise JobError(f"no report at '{path}': {error.strerror}.") from error
+        hint = "Name the folder or the report.json that compress wrote."
+        raise JobError(f"no report at '{path}': {error.strerror}.\n  {hint}") from error
     except ValueError as error:
         raise JobError(f"'{path}' is no report: it is not JSON ({error}).") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None

@@ -27,6 +27,10 @@ from xdonnx.runtime import answer, open_session
 _FEWEST_RUNS = 3
 
 
+# A teacher that is this little better than chance was most likely fed otherwise than it was trained.
+_CLUELESS = 0.15
+
+
 def verify(
     teacher: str | Path,
     student: str | Path,
@@ -87,7 +91,8 @@ def verify(
         costs = _timed([teacher, student], costs, feed, device, threads=threads, seconds=seconds, log=log)
     if fidelity is not None:
         gates = judge(costs[0], costs[1], fidelity, gate)
-        _caution(fidelity, gate, confidence, log)
+        classes = 0 if shots.labels is None else len(np.unique(shots.labels))
+        _caution(fidelity, gate, confidence, classes, log)
     outcome = verdict(gates) | ({"status": "failed", "exit_code": 6, "reasons": reasons} if reasons else {})
     return Report(
         **facts,
@@ -293,17 +298,26 @@ def _timed(
     return [cost.model_copy(update={"latency_ms": speed}) for cost, speed in zip(costs, found, strict=True)]
 
 
-def _caution(fidelity: Fidelity, gate: Gate, confidence: float, log: Log) -> None:
+def _caution(fidelity: Fidelity, gate: Gate, confidence: float, classes: int, log: Log) -> None:
     """Warn of conclusions that these samples do not bear."""
     if not fidelity.held_out:
         text = "the samples that judge are those that fitted (hold-out 0): new ones will do worse"
         log(Event("verify", text, level="warning"))
     wanted = 1.0 if gate.max_drop is None else gate.max_drop
-    least, of = fidelity.smallest_drop, "held-out samples" if fidelity.held_out else "samples"
+    least, count = fidelity.smallest_drop, fidelity.samples
+    of = f"{count} {'held-out ' * fidelity.held_out}sample{'s' * (count != 1)}"
     if fidelity.drop is not None and (least is None or least > wanted):
-        show = "no drop at all" if least is None else f"a drop of {least:.2f} points at best"
-        text = f"{fidelity.samples} {of} can show {show} ({100 * confidence:g} % confidence)"
+        what = "any drop" if least is None else f"a drop below {least:.2f} points"
+        text = f"{of} cannot tell {what} from none ({100 * confidence:g} % confidence)"
         log(Event("verify", text, level="warning"))
+    if fidelity.accuracy_teacher is not None and classes > 1:
+        chance = 100 / classes
+        if fidelity.accuracy_teacher < chance + _CLUELESS * (100 - chance):
+            text = (
+                f"the teacher is right on only {fidelity.accuracy_teacher:.2f} % of {of}, near chance for "
+                f"{classes} classes: what is measured means little; check --preset, --color and how labels are numbered"
+            )
+            log(Event("verify", text, level="warning"))
 
 
 def _file(path: str | Path) -> FileInfo:

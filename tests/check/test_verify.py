@@ -21,6 +21,7 @@ from xdonnx.cost import measure_cost
 from xdonnx.errors import JobError, ModelError, ShotsError, VerifyError
 from xdonnx.gate import Gate
 from xdonnx.report import read_report, schema, write_report
+from xdonnx.runtime import answer, open_session
 from xdonnx.verification import check_interface, latency, verify
 
 
@@ -210,10 +211,10 @@ def test_few_samples_are_said_to_prove_little(judged) -> None:
         return judged(tiny.classifier(), tiny.classifier(), tiny.images(count), gate, **how).warnings
 
     assert warnings(50, Gate(max_drop=2)) == (
-        "50 held-out samples can show a drop of 8.00 points at best (95 % confidence)",
+        "50 held-out samples cannot tell a drop below 8.00 points from none (95 % confidence)",
     )
-    assert warnings(50, Gate(max_drop=2, confidence=0.8))[0].endswith("4.00 points at best (80 % confidence)")
-    assert warnings(3, Gate()) == ("3 held-out samples can show no drop at all (95 % confidence)",)
+    assert warnings(50, Gate(max_drop=2, confidence=0.8))[0].endswith("4.00 points from none (80 % confidence)")
+    assert warnings(3, Gate()) == ("3 held-out samples cannot tell any drop from none (95 % confidence)",)
     assert warnings(50, Gate(max_drop=8)) == ()
 
 
@@ -345,3 +346,17 @@ def test_verifying_costs_no_torch() -> None:
     program += ";import sys; print([name for name in sys.modules if name.split('.')[0] in ('torch', 'onnx2torch')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_teacher_near_chance_is_warned_of(judged) -> None:
+    shots = tiny.images(60)
+    (logits,) = answer(open_session(tiny.classifier()), shots.inputs).values()
+    right = logits.reshape(60, -1).argmax(1)
+    classes = logits.reshape(60, -1).shape[1]
+
+    def warnings(labels: np.ndarray) -> str:
+        report = judged(tiny.classifier(), tiny.classifier(), tiny.images(60, labels=labels), Gate())
+        return "\n".join(report.warnings)
+
+    assert "near chance" not in warnings(right)
+    assert f"near chance for {len(np.unique((right + 1) % classes))} classes" in warnings((right + 1) % classes)

@@ -74,7 +74,7 @@ def test_params_of_an_element_plan_counts_what_stays() -> None:
         (Budget("keep", 0.0), JobError, "above 0 and below 1"),
         (Budget("keep", 1.5), JobError, "above 0 and below 1"),
         (Budget("keep", 1.0), JobError, "above 0 and below 1"),
-        (Budget("macs", 1.5), JobError, "at most 100 %"),
+        (Budget("macs", 1.0), JobError, "One per cent is 1%"),
         (Budget("latency", 0.5), JobError, "unknown target"),
         (Budget("keep", 0.5, "circle"), JobError, "unknown structure 'circle'"),
         (Budget("keep", 0.5, "4:2"), JobError, "unknown structure"),

@@ -114,4 +114,4 @@ def test_the_python_of_the_readme_runs_as_it_stands(tmp_path):
     status, macs, accuracy = run(tmp_path / "code.py", tmp_path).split()
 
     assert status == "passed" and float(macs) <= 0.5
-    assert float(accuracy) == pytest.approx(100 * right(tmp_path / "student.onnx") / 450)
+    assert float(accuracy) == pytest.approx(100 * right(tmp_path / "smaller.onnx") / 450)
