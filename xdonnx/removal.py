@@ -30,6 +30,9 @@ WORTH = 1e-9
 TOGETHER = 512
 """Below twice as many channels they leave one by one; above, the cheapest leave a few at a time."""
 
+WIDE = 2048
+"""Above so many columns an exchange costs seconds, for the inverse is made afresh: an eighth of them is tried."""
+
 TRIED = 16
 """Lost channels, those whose return would gain most, that an exchange is tried with: wide layers lose hundreds."""
 
@@ -98,6 +101,8 @@ def choose(readers: Sequence[Reader], keep: int, swaps: int) -> tuple[Tensor, in
         kept = _remove(readers, kept, leaving)
         left -= leaving
         steps += leaving
+    if max(reader.hess.shape[1] for reader in readers) > WIDE:
+        swaps //= 8
     for _ in range(swaps):
         pair = _best_exchange(readers, kept)
         if pair is None:
