@@ -158,6 +158,25 @@ g (float[N,1,6,6] image, float[6,1,3,3] w1, float[6] b1, float[6,7] wm, float[7]
   out = MatMul (r2, wn)
 }""",
 }
+TEXTS["signal"] = """
+g (float[N,3,16] image, float[8,3,5] w1, float[8] b1, float[6,8,3] w2, float[6] b2, float[5,6] wf) => (float[N,5] out) {
+  c1 = Conv <pads = [2,2]> (image, w1, b1)
+  r1 = Relu (c1)
+  c2 = Conv <dilations = [2], strides = [2]> (r1, w2, b2)
+  r2 = Relu (c2)
+  p = GlobalAveragePool (r2)
+  f = Flatten (p)
+  out = Gemm <transB = 1> (f, wf)
+}"""
+TEXTS["volume"] = """
+g (float[N,2,5,6,7] image, float[8,2,3,3,3] w1, float[8] b1, float[6,8,1,2,2] w2, float[4,6,1,1,1] w3)
+  => (float[N,4,a,b,c] out) {
+  c1 = Conv <pads = [1,1,1,1,1,1]> (image, w1, b1)
+  r1 = Relu (c1)
+  c2 = Conv (r1, w2)
+  r2 = Elu (c2)
+  out = Conv (r2, w3)
+}"""
 INTEGERS = {
     "sizes": [4, 4],
     "apart": [0, 2, 4, 8, 8],

@@ -122,6 +122,21 @@ def test_what_is_cut_answers_as_what_is_silenced(name: str) -> None:
         same_interface(model, cut(net, patch))
 
 
+def test_a_weight_behind_a_dequantize_stays_whole_and_says_so() -> None:
+    text = """
+g (float[N,3,8,8] image, float[8,3,3,3] w1, float[8] b1, float[6,8,1,1] w3) => (float[N,6,8,8] out) {
+  c = Conv <pads = [1,1,1,1]> (image, w1, b1)
+  q = Constant <value = int8[8,8,1,1] {QUANTIZED}> ()
+  scale = Constant <value = float {0.1}> ()
+  w2 = DequantizeLinear (q, scale)
+  d = Conv (c, w2)
+  out = Conv (d, w3)
+}""".replace("QUANTIZED", ", ".join(str(i % 100 - 50) for i in range(64)))
+    net = read_net(nets.from_text(text))
+    assert net.reasons(net.layers["c"]) == ["'d' cannot be cut: its weight is computed by the graph"]
+    assert any(node.op_type == "DequantizeLinear" for node in net.model.graph)
+
+
 def test_a_float16_model_is_compressed(tmp_path: Path) -> None:
     model = nets.build("plain")
     for tensor in model.graph.initializer:
