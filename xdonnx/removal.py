@@ -123,8 +123,7 @@ def _remove(readers: Sequence[Reader], kept: Tensor, leaving: int) -> Tensor:
         kept[order] = False
         leaving -= together
         if leaving:
-            for unit in order.tolist():
-                views = [_without(view, unit) for view in views]
+            views = [_without(view, order) for view in views]
     return kept
 
 
@@ -202,9 +201,9 @@ def _view(reader: Reader, kept: Tensor) -> _View:
     return _View(reader, columns, place[table], factor, inverse, weight)
 
 
-def _without(view: _View, unit: int) -> _View:
-    """Downdate in place after a channel has left; its columns stay behind as zeros."""
-    spots = view.spots[unit]
+def _without(view: _View, left: Tensor) -> _View:
+    """Downdate in place after channels have left, all at once; their columns stay behind as zeros."""
+    spots = view.spots[left]
     spots = spots[spots >= 0]
     if not len(spots):
         return view
@@ -214,7 +213,7 @@ def _without(view: _View, unit: int) -> _View:
     step = torch.linalg.solve_triangular(factor, view.weight[:, :, spots].mT, upper=False)
     view.inverse.baddbmm_(half.mT, half, alpha=-1)
     view.weight.baddbmm_(step.mT, half, alpha=-1)
-    view.spots[unit] = -1
+    view.spots[left] = -1
     return view
 
 
