@@ -22,6 +22,7 @@ from xdonnx_cli.grouping import grouped
 from xdonnx_cli.inspection import inspect
 from xdonnx_cli.judging import gate, verify
 from xdonnx_cli.methods import methods
+from xdonnx_cli.planning import plan
 from xdonnx_cli.terminal import say, stderr
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -39,6 +40,11 @@ COMMANDS: tuple[tuple[Callable[..., int], str], ...] = (
         compress,
         "xdonnx compress model.onnx --shots photos/ -o student.onnx\n\n"
         "xdonnx compress model.onnx --shots val.npz --macs 40% --max-drop 1 -o out.onnx",
+    ),
+    (
+        plan,
+        "xdonnx plan model.onnx --shots photos/ --macs 40% -o plan.toml\n\n"
+        "xdonnx compress model.onnx --shots photos/ --plan plan.toml -o student.onnx",
     ),
     (inspect, "xdonnx inspect model.onnx\n\nxdonnx inspect model.onnx --input-shape image:1x3x640x640 --json"),
     (verify, "xdonnx verify model.onnx student.onnx --shots fresh/ --max-drop 1 --confidence 95%"),

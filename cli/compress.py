@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from xdonnx.errors import JobError, MachineError
-from xdonnx_cli.flags import SWITCH, Data, Limits, Pixels, Recipe, Sizes, Talk, Target, output, running
+from xdonnx_cli.flags import PLAN, SWITCH, Data, Limits, Pixels, Recipe, Sizes, Talk, Target, output, running
 from xdonnx_cli.output import check_json, command_line, put_json, tables
 from xdonnx_cli.progress import told
+from xdonnx_cli.wanted import fields, library
 
 if TYPE_CHECKING:
     from xdonnx.job import Job
@@ -48,29 +49,22 @@ def compress(
     limits: Limits,
     files: Files,
     talk: Talk,
+    plan: Annotated[Path | None, PLAN] = None,
 ) -> int:
     """Make an ONNX CNN smaller and faster from a handful of samples, and check it in onnxruntime.
 
     OUT is written only if the student keeps every limit of the gate; otherwise it is kept as OUT with .rejected.onnx
     and the exit code is 3. The report is written in both cases.
     """
-    gate, preprocess = limits.gate(), pixels.preprocess()
+    gate, wanted = limits.gate(), fields(data, pixels, sizes, target)
     check_json(talk.json)
     folder = report_folder(files.out, files.report_dir)
-    library = _library()
-    job: Job = library.Job(
+    work = library()
+    job: Job = work.Job(
         model=model,
         out=files.out,
-        shots=tuple(data.shots or ()),
-        labels=data.labels,
-        per_class=data.per_class,
-        max_shots=data.max_shots,
-        holdout=data.held_out("0.2"),
-        skip_bad=data.skip_bad,
-        synthetic_shots=data.synthetic_shots,
-        preprocess=preprocess,
-        input_shape=sizes.shapes(),
-        **{**vars(target), "include": tuple(target.include or ()), "exclude": tuple(target.exclude or ())},
+        plan=plan,
+        **wanted,
         **{**vars(recipe), "method": tuple(recipe.method or ("cross",))},
         gate=gate,
         force=files.force,
@@ -79,9 +73,9 @@ def compress(
         seed=files.seed,
     )
     if files.dry_run:
-        return _dry_run(library, job, talk)
+        return _dry_run(work, job, talk)
     with told(talk) as log:
-        report: Report = library.run(job, log, command=command_line())
+        report: Report = work.run(job, log, command=command_line())
     return _finish(report, job, folder, talk)
 
 
@@ -96,21 +90,13 @@ def report_folder(out: Path, given: Path | None) -> Path:
     return folder
 
 
-def _library() -> Any:
-    """Import the job, and torch with it."""
-    try:
-        import xdonnx.job
-    except (ImportError, OSError, RuntimeError) as error:
-        # A torch whose libraries are missing raises any of these.
-        raise MachineError(f"torch does not import: {error}.\n  See what is wrong with it: xdonnx doctor") from error
-    return xdonnx.job
-
-
-def _dry_run(library: Any, job: Job, talk: Talk) -> int:
+def _dry_run(work: Any, job: Job, talk: Talk) -> int:
     from xdonnx_cli.plan import as_dict, show_plan
 
     with told(talk) as log:
-        ready = library.prepared(job, log, writes=False)
+        ready = work.prepared(job, log, writes=False)
+        if job.measured():
+            ready = replace(ready, plan=work.planned(job, ready, work.opened(ready, log), log))
     put_json(talk.json, json.dumps(as_dict(job, ready), indent=2))
     if not talk.quiet:
         show_plan(tables(talk), job, ready)

@@ -40,6 +40,10 @@ output = panel("Output")
 running = panel("Run")
 
 
+# Of compress alone: what another command made.
+PLAN = target("--plan", "FILE", "What xdonnx plan wrote, edited or not.")
+
+
 def fraction(text: str) -> float:
     """Return a fraction given as 0.5 or as 50%."""
     number = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*(%?)\s*", str(text))
@@ -93,9 +97,17 @@ _PRESET = (
     "less its mean."
 )
 _SHAPE = "Shape of an input whose size the graph leaves free. Repeat for several inputs."
-_KIND = "channel: smaller and faster. element: single weights; a smaller file, no faster. n:m, such as 2:4."
+_KIND = (
+    "channel, the default: smaller and faster. element: single weights; a smaller file, no faster. n:m, such as 2:4."
+)
 _ROUND = "Keep channels in multiples of N. auto, the default: of 8 or 4 where layers are wide; exactly F with --keep."
 _CONNECTION = "auto, soft, cross, correction, imitation or regression: which input each network reads."
+_ALLOCATION = (
+    "auto, measured or uniform: whether layers lose by their error curves or all the same fraction. auto: measured "
+    "with --macs and --params, unless the effort is fast."
+)
+_STEPS = "Of --method tune, bp and fitnet. Default: by the effort and the size of the network."
+_VIEWS = "Bring few images to N rows by mirrored, shifted and zoomed views; 0 makes none. Default: 128."
 _DROP = "Points of accuracy lost, at most; of agreement with the teacher where nothing is labelled."
 _SURE = "Judge the far end of the interval at this confidence, not the measured value: 95%."
 _JSON = "The report as JSON: - is stdout, and the tables go to stderr."
@@ -173,13 +185,14 @@ class Target:
         float | None,
         target("--keep", "F", "Units kept in each layer that may lose some: above 0, below 1.", parser=fraction),
     ] = None
-    structure: Annotated[str, method("--structure", "KIND", _KIND)] = "channel"
+    structure: Annotated[str | None, method("--structure", "KIND", _KIND)] = None
     include: Annotated[list[str] | None, method("--include", "PATTERN", "Only these layers, as 'stage3*'.")] = None
     exclude: Annotated[list[str] | None, method("--exclude", "PATTERN", "All layers but these.")] = None
     round_to: Annotated[int | None, method("--round-to", "N|auto", _ROUND, parser=multiple)] = None
     residual: Annotated[bool, method("--residual", SWITCH, "Also remove channels that several layers add into.")] = (
         False
     )
+    allocation: Annotated[str, target("--allocation", "HOW", _ALLOCATION)] = "auto"
 
 
 @dataclass(frozen=True)
@@ -195,6 +208,8 @@ class Recipe:
     beta: Annotated[float | None, method("--beta", "X", "Of --connection soft: the student's own input.")] = None
     solver: Annotated[str, method("--solver", "NAME", "auto, pgd, admm or greedy.")] = "auto"
     ridge: Annotated[float | None, method("--ridge", "X", "Pull toward the teacher's weights.")] = None
+    views: Annotated[int | None, method("--views", "N", _VIEWS, min=0)] = None
+    steps: Annotated[int | None, method("--steps", "N", _STEPS, min=1)] = None
     preset_effort: Annotated[str, method("--preset-effort", "NAME", "fast, balanced, best or paper.")] = "balanced"
 
 

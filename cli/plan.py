@@ -13,6 +13,12 @@ from xdonnx_cli.terminal import amount, heading, percent, plain_table, room, sho
 if TYPE_CHECKING:
     from xdonnx.job import Job, Prepared
 
+_SPLITS = {
+    "file": "as the plan says",
+    "measured": "by measured error curves",
+    "uniform": "the same fraction in every layer",
+}
+
 
 def predicted(ready: Prepared) -> dict[str, int]:
     """Return the MACs and the weights that are not zero, of the teacher and of the student to be."""
@@ -55,6 +61,7 @@ def as_dict(job: Job, ready: Prepared) -> dict[str, Any]:
         "device": ready.device,
         "fitting_samples": len(ready.fit),
         "judging_samples": len(ready.held_out),
+        "split": _split(job),
         "predicted": predicted(ready),
         "plan": list(rows(ready)),
     }
@@ -70,7 +77,9 @@ def show_plan(console: Console, job: Job, ready: Prepared) -> None:
     for name, value in _given(found["job"]):
         table.add_row(f"  {name}", value)
     budget = job.budget()
-    table.add_row("  target", f"{budget.kind} {100 * budget.amount:g} %")
+    if job.plan is None:
+        table.add_row("  target", f"{budget.kind} {100 * budget.amount:g} %")
+    table.add_row("  split", _SPLITS[found["split"]])
     table.add_row("  samples", f"{len(ready.fit)} fit, {len(ready.held_out)} judge; on {ready.device}")
     console.print(table)
     heading(console, "Plan")
@@ -83,12 +92,21 @@ def show_plan(console: Console, job: Job, ready: Prepared) -> None:
         readers = () if single else (shorten(", ".join(row["readers"]), room(console, 30, names=2)),)
         table.add_row(f"  {names[row['name']]}", kept, units, *readers)
     console.print(table)
+    show_predicted(console, found["predicted"], single=single)
+
+
+def show_predicted(console: Console, found: Mapping[str, int], *, single: bool) -> None:
+    """Print what a plan comes to; `single` where weights are zeroed rather than channels cut."""
     heading(console, "Predicted")
     table = plain_table("", "teacher", "student", "")
     for name, title in (("macs", "  MACs"), ("params", "  weights not zero" if single else "  weights")):
-        before, after = found["predicted"][f"teacher_{name}"], found["predicted"][f"student_{name}"]
+        before, after = found[f"teacher_{name}"], found[f"student_{name}"]
         table.add_row(title, amount(before), amount(after), percent(after, before))
     console.print(table)
+
+
+def _split(job: Job) -> str:
+    return "file" if job.plan is not None else "measured" if job.measured() else "uniform"
 
 
 def _given(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ STAGES = {
     "read": "read the model",
     "shots": "read the samples",
     "parity": "compare with onnxruntime",
+    "curves": "measure curves",
     "fit": "compress",
     "cut": "cut",
     "verify": "verify",
@@ -43,7 +44,9 @@ def told(talk: Talk) -> Iterator[Log]:
 
 
 def _line(event: Event) -> str:
-    count = f" {min(event.done + 1, event.total)}/{event.total}" if event.total and event.stage == "fit" else ""
+    # 'fit' tells of a layer before its work, 'curves' after it.
+    at = {"fit": min(event.done + 1, event.total), "curves": event.done}.get(event.stage)
+    count = f" {at}/{event.total}" if event.total and at is not None else ""
     return f"{'warning' if event.level == 'warning' else event.stage}{count}: {event.text}"
 
 
@@ -62,7 +65,7 @@ def _drawing(bars: Progress) -> Log:
         task = tasks[event.stage]
         if event.total:
             bars.update(task, total=event.total, completed=event.done, count=f"{event.done}/{event.total}")
-        if event.stage == "fit" and event.text:
+        if event.stage in ("curves", "fit") and event.text:
             width = max(12, bars.console.width - 40)
             bars.update(task, description=f"{stage} {Text(shorten(event.text, min(width, 30))).plain}")
 

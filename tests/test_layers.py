@@ -10,23 +10,27 @@ import pytest
 ROOT = Path(__file__).parent.parent / "xdonnx"
 ROWS = [
     {"errors", "events"},
-    {"model", "prepare", "intervals", "moments", "structure", "interpolation", "coverage"},
-    {"runtime", "images", "labels", "cost", "connection", "operators", "removal"},
-    {"layers", "reshaping", "sources", "report", "feeds", "solve"},
-    {"rules", "gate", "shots", "fidelity", "methods"},
+    {"model", "prepare", "intervals", "moments", "structure", "interpolation", "coverage", "augment"},
+    {"runtime", "paths", "images", "labels", "cost", "connection", "operators", "removal"},
+    {"layers", "reshaping", "sources", "report", "feeds", "solve", "contributions"},
+    {"rules", "gate", "shots", "fidelity", "methods", "crossval"},
     {"graph", "verification"},
     {"patch", "budget", "convert", "doctor"},
-    {"walk", "survey"},
+    {"walk", "survey", "student", "planfile", "agreement"},
     {"methods.layerwise"},
-    {"methods.cross", "methods.l1_norm"},
+    {"methods.training", "allocation", "accounting"},
+    {"methods.cross", "methods.l1_norm", "methods.thinet", "methods.channel_pruning", "methods.fskd", "methods.tune"},
+    {"methods.bp", "methods.fitnet"},
     {"job"},
 ]
 TORCH_FREE = {
     "errors", "events", "model", "prepare", "intervals", "runtime", "images", "labels", "cost", "layers", "reshaping",
     "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verification", "fidelity", "patch", "budget",
-    "survey", "coverage", "methods",
+    "survey", "coverage", "methods", "paths", "planfile", "agreement",
 }  # fmt: skip
-ONNX_FREE = {"moments", "structure", "connection", "solve", "removal", "interpolation"}
+ONNX_FREE = {
+    "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment", "crossval",
+}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

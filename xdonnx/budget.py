@@ -196,20 +196,17 @@ def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
         raise NothingToDo(f"no channel may go.\n  {hint}")
 
     def counts(fraction: float) -> dict[int, int]:
-        return {at: _rounded(net.groups[at], fraction, _multiple(net.groups[at], budget)) for at in groups}
+        return {at: _rounded(net.groups[at], fraction, multiple(net.groups[at], budget)) for at in groups}
 
     if budget.kind == "keep":
         chosen = counts(budget.amount)
     else:
-        cost: Callable[[Net, np.ndarray], int] = macs if budget.kind == "macs" else params
-        fixed = _other_macs(net) if budget.kind == "macs" else 0
-        everything = fixed + cost(net, np.ones(net.labels, bool))
-        limit = budget.amount * everything
+        cost, limit = target(net, budget)
         fractions = sorted(
             {k / len(net.groups[at].ids) for at in groups for k in range(1, len(net.groups[at].ids) + 1)}
         )
         low, high = 0, len(fractions) - 1
-        least = fixed + cost(net, pretend(net, counts(fractions[0])))
+        least, everything = cost(counts(fractions[0])), cost({})
         if least > limit:
             raise NothingToDo(
                 f"--{budget.kind} {budget.amount:.0%} is out of reach: with as few channels left as --round-to allows, "
@@ -217,7 +214,7 @@ def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
             )
         while low < high:
             middle = (low + high + 1) // 2
-            if fixed + cost(net, pretend(net, counts(fractions[middle]))) <= limit:
+            if cost(counts(fractions[middle])) <= limit:
                 low = middle
             else:
                 high = middle - 1
@@ -228,7 +225,19 @@ def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
     return Plan("channel", channels=losing)
 
 
-def _multiple(group: Group, budget: Budget) -> int:
+def target(net: Net, budget: Budget) -> tuple[Callable[[Mapping[int, int]], int], float]:
+    """Return what a choice of channels {group: kept} costs under a target over the whole network, and the limit."""
+    cost: Callable[[Net, np.ndarray], int] = macs if budget.kind == "macs" else params
+    fixed = _other_macs(net) if budget.kind == "macs" else 0
+
+    def of(channels: Mapping[int, int]) -> int:
+        return fixed + cost(net, pretend(net, channels))
+
+    return of, budget.amount * of({})
+
+
+def multiple(group: Group, budget: Budget) -> int:
+    """Return the number of channels of which the group keeps a multiple, or keeps all."""
     if budget.round_to is not None:
         return budget.round_to
     if budget.kind == "keep":

@@ -167,6 +167,33 @@ def objective(connection: Connection, moments: Moments, teacher_matrix: Tensor) 
     return Quadratic((hess + hess.mT) / 2, teacher @ between, const)
 
 
+def compensated(q: Quadratic, connection: Connection, missing: tuple[Tensor, Tensor]) -> Quadratic:
+    """Let a layer also make up for what another branch, which its output is added to, lacks in the student.
+
+    Parameters
+    ----------
+    q
+        From `objective` for the same connection.
+    missing : (g, o, d) each
+        From `moments.measure_missing`: products of what lacks with the inputs in teacher and student.
+
+    Returns
+    -------
+    Quadratic
+        With the same constant: errors of different weights compare, but are no longer those of the sum.
+
+    Notes
+    -----
+    A term makes up for the share `a_T - b_T` of upstream error (1 for regression, 0 for correction and imitation,
+    `alpha + beta - 1` for soft), so it is given that share of what lacks. He, Zhang, Sun ("Channel Pruning", ICCV
+    2017) do the same for the last layer of a residual branch, with share 1.
+    """
+    lin = q.lin
+    for weight, (a_t, _), (b_t, b_s) in connection.terms:
+        lin = lin + weight * (a_t - b_t) * (b_t * missing[0] + b_s * missing[1])
+    return Quadratic(q.hess, lin, q.const)
+
+
 def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool) -> Quadratic:
     """Add a pull toward known weights, `lambda * |W - toward|^2`, that makes the minimum unique.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,8 +125,8 @@ def run_layer(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return made
 
 
-def convert(net: Net, device: torch.device) -> Program:
-    """Return the net as torch steps, constants on the device.
+def convert(net: Net, device: torch.device, foreign: Collection[str] = ()) -> Program:
+    """Return the net as torch steps, constants on the device; those that `foreign` names run in onnxruntime.
 
     Raises
     ------
@@ -158,7 +158,7 @@ def convert(net: Net, device: torch.device) -> Program:
             steps.append(Step(name, node.op_type, (layer.input,), (name,), None, layer))
             continue
         found = None
-        for converter in converters(node.op_type, opsets.get(node.domain, 1), node.domain):
+        for converter in () if name in foreign else converters(node.op_type, opsets.get(node.domain, 1), node.domain):
             with contextlib.suppress(Exception):  # a converter may fail in any way on a node it does not expect
                 found = converter(onnx_node, graph)
                 break

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from xdonnx.errors import ModelError
-from xdonnx.labels import Count, Ids, Labels, Slot
+from xdonnx.labels import Count, Ids, Labels, Slot, Track
 from xdonnx.layers import LAYERS, Layer
 from xdonnx.model import Interface, interface
 from xdonnx.prepare import constant, prepare
@@ -65,6 +65,8 @@ class Net:
         The channels that may go.
     slots, counts
         What removal has to shrink and to restate.
+    tracks : dict
+        {value: Track} for values whose channels are known.
     pinned : dict
         {label: reason} for channels that stay.
     labels : int
@@ -82,6 +84,7 @@ class Net:
     groups: tuple[Group, ...]
     slots: tuple[Slot, ...]
     counts: tuple[Count, ...]
+    tracks: Mapping[str, Track]
     pinned: Mapping[int, str]
     labels: int
     batch: int
@@ -151,6 +154,7 @@ def read_net(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]] | None =
         groups=_groups(labels, layers),
         slots=tuple(replace(slot, ids=labels.roots(slot.ids)) for slot in labels.slots.values()),
         counts=tuple(replace(count, ids=labels.roots(count.ids)) for count in labels.counts),
+        tracks={name: replace(track, ids=labels.roots(track.ids)) for name, track in labels.tracks.items()},
         pinned=labels.pinned(),
         labels=len(labels),
         batch=batch,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,30 +12,34 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from xdonnx.budget import KINDS, Budget, Plan, make_plan, pattern_of
-from xdonnx.convert import checked, convert
+from xdonnx.accounting import layer_results
+from xdonnx.agreement import check_same, keep_sparse
+from xdonnx.allocation import Curve, allocate, measure_curves
+from xdonnx.augment import VIEWS, widened
+from xdonnx.budget import KINDS, Budget, Plan, candidates, make_plan, pattern_of
+from xdonnx.convert import Program, checked, convert
 from xdonnx.errors import JobError, MachineError, ShotsError, VerifyError, did_you_mean
 from xdonnx.events import Event, Log, ignore
 from xdonnx.fidelity import compare, fixed_batch
 from xdonnx.gate import Gate
 from xdonnx.graph import Net, read_net
 from xdonnx.images import Preprocess
-from xdonnx.layers import Layer
 from xdonnx.methods import make
 from xdonnx.methods.layerwise import Bench, Outcome
-from xdonnx.model import Port, file_bytes, fingerprint, interface, model_files, read_proto, sized, write_proto
-from xdonnx.patch import Patch, cut, kept, masked, store_sparse
+from xdonnx.model import Port, file_bytes, fingerprint, interface, read_proto, sized, write_proto
+from xdonnx.patch import Patch, cut, masked
+from xdonnx.paths import check_student, rejected_path
+from xdonnx.planfile import plan_of, read_planfile
 from xdonnx.report import Fidelity, FileInfo, LayerResult, Report, tool
-from xdonnx.runtime import answer, open_session
+from xdonnx.runtime import open_session
 from xdonnx.shots import Shots, read_shots, split, synthetic, unseen
 from xdonnx.verification import check_interface, verify
 from xdonnx.walk import chunked
 
-# Masked and cut student may differ by this much of the largest value: only the order of float32 sums changes.
-SAME = 1e-3
 DEFAULT_TARGET = ("macs", 0.5)
+ALLOCATIONS = ("auto", "measured", "uniform")
 # Of the intervals in the report, where no gate asks for another.
 CONFIDENCE = 0.95
 
@@ -61,19 +64,23 @@ class Job(BaseModel):
     keep: float | None = None
     macs: float | None = None
     params: float | None = None
+    plan: Path | None = None
     structure: str = "channel"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     round_to: int | None = None
     residual: bool = False
+    allocation: str = "auto"
 
-    method: tuple[str, ...] = ("cross",)
+    method: tuple[str, ...] = Field(("cross",), min_length=1)
     connection: str = "auto"
     mu: float | None = None
     alpha: float | None = None
     beta: float | None = None
     solver: str = "auto"
     ridge: float | None = None
+    views: int | None = None
+    steps: int | None = None
     preset_effort: str = "balanced"
 
     gate: Gate = Gate()
@@ -87,12 +94,33 @@ class Job(BaseModel):
     def _one_or_many(cls, given: Any) -> Any:
         return (str(given),) if isinstance(given, (str, Path)) else given
 
+    @model_validator(mode="before")
+    @classmethod
+    def _structure_of_plan(cls, given: Any) -> Any:
+        """Take the structure from the plan where one is given."""
+        if not isinstance(given, Mapping) or given.get("plan") is None:
+            return given
+        structure = read_planfile(given["plan"]).structure
+        if given.get("structure", structure) != structure:
+            raise JobError(
+                f"--structure is {given['structure']}, and '{given['plan']}' has structure {structure}.\n"
+                "  Leave --structure out."
+            )
+        return {**given, "structure": structure}
+
     def budget(self) -> Budget:
-        """Return the target; raises JobError when several are given."""
-        given = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
+        """Return the target, of kind 'plan' where a file says what stays; raises JobError when several are given."""
+        given = {kind: getattr(self, kind) for kind in (*KINDS, "plan") if getattr(self, kind) is not None}
         if len(given) > 1:
             flags = " and ".join(f"--{kind}" for kind in given)
             raise JobError(f"{flags} are both given.\n  Give one target.")
+        if self.plan is not None:
+            choices = {name: getattr(self, name) for name in ("include", "exclude", "round_to", "residual")}
+            choices["allocation"] = self.allocation != "auto"
+            for name in (name for name, value in choices.items() if value):
+                flag = f"--{name.replace('_', '-')}"
+                raise JobError(f"{flag} has no say where --plan is given.\n  Leave it out, or pass it to xdonnx plan.")
+            return Budget("plan", 1.0, self.structure)
         pattern = pattern_of(self.structure)
         if pattern and given:
             raise JobError(
@@ -103,11 +131,37 @@ class Job(BaseModel):
         kind, amount = next(iter(given.items())) if given else (("keep", 0.5) if pattern else DEFAULT_TARGET)
         return Budget(kind, amount, self.structure, self.include, self.exclude, self.round_to, self.residual)
 
+    def target(self) -> str:
+        """Return the target in a few words."""
+        budget = self.budget()
+        return f"{budget.structure} " + (f"plan {self.plan.name}" if self.plan else f"{budget.kind} {budget.amount:g}")
+
+    def measured(self) -> bool:
+        """Whether error curves decide how much each layer loses; raises JobError where they cannot."""
+        if self.allocation not in ALLOCATIONS:
+            near = did_you_mean(self.allocation, ALLOCATIONS)
+            raise JobError(f"unknown --allocation '{self.allocation}'.{near}\n  Choices: {', '.join(ALLOCATIONS)}.")
+        fits = self.structure == "channel" and self.budget().kind in ("macs", "params")
+        if self.allocation == "measured" and not fits:
+            raise JobError(
+                "--allocation measured splits a target over the whole network between channels.\n"
+                "  Pass --macs or --params with --structure channel, or leave --allocation out."
+            )
+        return fits and self.allocation != "uniform" and self.preset_effort not in ("fast", "paper")
+
     def methods(self) -> list[Any]:
         """Return the methods with their options; raises JobError for combinations that make no sense."""
-        options = self.model_dump(include={"connection", "mu", "alpha", "beta", "solver", "ridge"})
+        options = self.model_dump(include={"connection", "mu", "alpha", "beta", "solver", "ridge", "views", "steps"})
         options["effort"] = self.preset_effort
-        made = [make(name, options) for name in self.method]
+        names = self.method
+        if self.preset_effort == "best" and names == ("cross",):
+            names = ("cross", "tune")  # the best accuracy comes with a last stage over all layers
+        made = [make(name, options) for name in names]
+        if getattr(made[0], "follows", False):
+            raise JobError(
+                f"--method {names[0]} removes nothing: it trains what another method left.\n"
+                f"  Put one before it: --method cross --method {names[0]}."
+            )
         defaults = {"connection": "auto", "solver": "auto", "effort": "balanced"}
         for name, value in options.items():
             if value != defaults.get(name) and not any(hasattr(method, name) for method in made):
@@ -160,22 +214,42 @@ def run(job: Job, log: Log = ignore, *, command: str = "") -> Report:
     methods = job.methods()
     ready = prepared(job, note)
     net, fit = ready.net, ready.fit
-    first = chunked(net, fit.inputs, most=4)[0]
-    program = checked(net, convert(net, torch.device(ready.device)), first, note)
+    program = opened(ready, note)
+    plan = planned(job, ready, program, note)
     bench = Bench(program, torch.Generator().manual_seed(job.seed), note)
     outcome = Outcome(Patch())
     for method in methods:
-        found = method(net, outcome.patch, fit, ready.plan, bench)
+        found = method(net, outcome.patch, fit, plan, bench)
         outcome = Outcome(found.patch, (*outcome.traces, *found.traces))
     note(Event("cut", "Cut the graph"))
     student = cut(net, outcome.patch)
     check_interface(net.source, student)
-    _check_same(masked(net, outcome.patch), student, first)
+    first = chunked(net, fit.inputs, most=4)[0]
+    check_same(masked(net, outcome.patch), student, first)
     if job.structure != "channel":
-        _store_sparse(student, first, note)
+        keep_sparse(student, first, note)
     _stamp(student, job, net)
-    layers = _layer_results(net, outcome, job.structure)
+    layers = layer_results(net, outcome, job.structure)
     return _judge_and_write(job, ready, student, layers, tuple(warnings), started, command, log)
+
+
+def opened(ready: Prepared, log: Log = ignore) -> Program:
+    """Return the teacher in torch, every step checked against onnxruntime."""
+    program = convert(ready.net, torch.device(ready.device))
+    return checked(ready.net, program, chunked(ready.net, ready.fit.inputs, most=4)[0], log)
+
+
+def curves(job: Job, ready: Prepared, program: Program, log: Log = ignore) -> tuple[Curve, ...]:
+    """Return the error curves of the groups that may lose channels, measured on the samples that fit."""
+    inputs = widened(ready.fit.inputs, VIEWS, torch.Generator().manual_seed(job.seed))
+    return measure_curves(ready.net, program, inputs, candidates(ready.net, job.budget()), log)
+
+
+def planned(job: Job, ready: Prepared, program: Program, log: Log = ignore) -> Plan:
+    """Return how many units stay where: the same fraction everywhere, or as error curves or a plan's file say."""
+    if not job.measured():
+        return ready.plan
+    return allocate(ready.net, curves(job, ready, program, log), job.budget())
 
 
 def prepared(job: Job, log: Log = ignore, *, writes: bool = True) -> Prepared:
@@ -195,8 +269,9 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True) -> Prepared:
     """
     budget = job.budget()
     job.methods()
+    job.measured()
     if writes:
-        _check_out(job)
+        check_student(job.out, job.model, force=job.force, external=job.external_data)
     device = _device(job.device)
     log(Event("read", f"Read {job.model.name}"))
     proto = read_proto(job.model)
@@ -220,7 +295,7 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True) -> Prepared:
         log(Event("shots", f"left out, unreadable: {name}", level="warning"))
     sizes = {**{name: array.shape for name, array in whole.inputs.items()}, **job.input_shape}
     net = read_net(proto, sizes)
-    plan = make_plan(net, budget)
+    plan = plan_of(job.plan, net, fingerprint(job.model)) if job.plan else make_plan(net, budget)
     batch = fixed_batch(ports, whole) or 1
     for part, does in ((fit, "fit"), (held_out, "judge")):
         if len(part) < batch:
@@ -254,31 +329,6 @@ def _fraction(text: str) -> float | None:
         return None
 
 
-def _check_out(job: Job) -> None:
-    whens = ("auto", "always", "never")
-    if job.external_data not in whens:
-        near = did_you_mean(job.external_data, whens)
-        raise JobError(f"unknown --external-data '{job.external_data}'.{near}\n  Choices: {', '.join(whens)}.")
-    if not job.out.parent.is_dir():
-        raise JobError(f"the folder of '{job.out}' does not exist.\n  Make it: mkdir -p '{job.out.parent}'")
-    if job.out.is_dir():
-        raise JobError(f"'{job.out}' is a folder.\n  Name a file: -o {job.out / 'student.onnx'}")
-    # A candidate that fails its gate, and weights kept outside, go to files of their own beside OUT.
-    written = [job.out, rejected_path(job.out)]
-    written += [path.with_name(f"{path.name}.data") for path in written]
-    teacher = {path.resolve() for path in model_files(job.model)} if job.model.is_file() else set()
-    for path in written:
-        if path.resolve() in teacher:
-            what = "OUT is MODEL" if path == job.out else f"'{path}' would be written, and is part of MODEL"
-            raise JobError(f"{what}: '{job.out}'.\n  The teacher is never overwritten; name another file.")
-    if not job.force:
-        for path in (job.out, written[2]):
-            if path.exists():
-                raise JobError(f"'{path}' exists.\n  Pass --force to replace it.")
-    if not os.access(job.out.parent, os.W_OK):
-        raise MachineError(f"cannot write into '{job.out.parent}'.")
-
-
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -295,44 +345,13 @@ def _device(name: str) -> str:
     return name
 
 
-def _check_same(silenced: onnx.ModelProto, student: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> None:
-    """Masked and cut student answer alike, or removal touched what it must not."""
-    expected, found = (answer(open_session(model), inputs) for model in (silenced, student))
-    for name, array in expected.items():
-        if array.dtype.kind != "f":
-            continue
-        # Below 0.01 the absolute gap counts: onnxruntime's Sigmoid is inexact near zero.
-        scale = max(float(np.abs(array).max(initial=0.0)), 1e-2)
-        gap = float(np.abs(array - found[name]).max(initial=0.0)) / scale
-        if not gap <= (10 * SAME if array.dtype == np.float16 else SAME):
-            raise VerifyError(
-                f"output '{name}' of the cut student differs from the masked one by {gap:.1e} of its largest value.\n"
-                "  This is a defect of xdonnx: please report it with the model's operators (xdonnx inspect)."
-            )
-
-
-def _store_sparse(student: onnx.ModelProto, inputs: Mapping[str, np.ndarray], log: Log) -> None:
-    """Store zeros sparsely where onnxruntime loads that and answers alike; dense otherwise."""
-    sparse = onnx.ModelProto()
-    sparse.CopyFrom(student)
-    if not store_sparse(sparse):
-        return
-    try:
-        _check_same(student, sparse, inputs)
-    except Exception as error:  # whatever onnxruntime says of a sparse file, the dense one is right
-        log(Event("cut", f"weights stay dense, onnxruntime does not take them sparse: {error}", level="warning"))
-        return
-    student.CopyFrom(sparse)
-
-
 def _stamp(student: onnx.ModelProto, job: Job, net: Net) -> None:
     """Write into the model where it comes from."""
-    budget = job.budget()
     facts = {
         "version": tool().version,
         "teacher_sha256": fingerprint(job.model),
         "method": "+".join(job.method),
-        "target": f"{budget.structure} {budget.kind} {budget.amount:g}",
+        "target": job.target(),
     }
     _add_metadata(student, facts)
 
@@ -415,43 +434,3 @@ def _worth(fidelity: Fidelity) -> dict[str, str]:
     worst = max((o.relative_l2 for o in fidelity.outputs if o.relative_l2 is not None), default=None)
     facts = {"held_out_agreement": fidelity.top1_agreement, "held_out_relative_l2": worst}
     return {key: f"{value:.6g}" for key, value in facts.items() if value is not None}
-
-
-def rejected_path(out: Path) -> Path:
-    """Return where a candidate that failed its gate is kept."""
-    return out.with_name(f"{out.stem}.rejected.onnx")
-
-
-def _layer_results(net: Net, outcome: Outcome, structure: str) -> list[LayerResult]:
-    keep = kept(net, outcome.patch)
-    traces = {trace.layer: trace for trace in outcome.traces}
-    rows = []
-    for layer in net.layers.values():
-        trace = traces.get(layer.name)
-        weight = outcome.patch.tensors.get(layer.weight, net.array(layer.weight))
-        outputs, columns = _left(layer, keep)
-        share = outputs * columns / (len(layer.out_ids) * len(layer.columns))
-        biases = len(layer.out_ids) if layer.bias else 0
-        single = structure != "channel"
-        rows.append(
-            LayerResult(
-                layer=layer.name,
-                op=layer.op,
-                kept=int(np.count_nonzero(weight)) if single else outputs,
-                units=int(weight.size) if single else len(layer.out_ids),
-                params_before=layer.params,
-                params_after=round((layer.params - biases) * share) + (outputs if layer.bias else 0),
-                macs_before=layer.macs * net.batch,
-                macs_after=round(layer.macs * share) * net.batch,
-                objective_before=trace.objective_before if trace else None,
-                objective_after=trace.objective_after if trace else None,
-                seconds=round(trace.seconds, 4) if trace else None,
-                note="; ".join(net.reasons(layer))[:200] if not single else "",
-            )
-        )
-    return rows
-
-
-def _left(layer: Layer, keep: np.ndarray) -> tuple[int, int]:
-    own = layer.columns >= 0
-    return int(keep[layer.out_ids].sum()), len(layer.columns) - int((~keep[layer.columns[own]]).sum())

@@ -248,6 +248,54 @@ def measure(
     return Moments(totals[0], totals[1], totals[2], count)
 
 
+def measure_missing(
+    teacher: Iterable[Tensor],
+    student: Iterable[Tensor],
+    beside: tuple[Iterable[Tensor], Iterable[Tensor]],
+    geometry: Geometry,
+    *,
+    bias: bool,
+    columns_at_once: int = 8192,
+) -> tuple[Tensor, Tensor] | None:
+    """Products of a layer's inputs with what another branch, which its output is added to, lacks in the student.
+
+    Parameters
+    ----------
+    teacher, student
+        Inputs of the layer in the two networks, in chunks.
+    beside : (teacher, student)
+        The other branch in the two networks, s_T and s_S, chunk by chunk of the output's shape.
+    bias
+        Append a row of ones to the inputs.
+
+    Returns
+    -------
+    (E[(s_T - s_S) x_T'], E[(s_T - s_S) x_S']), each (g, o, d) in float64; or None
+        None where the other branch is the same in both networks.
+    """
+    beside = (list(beside[0]), list(beside[1]))
+    if all(a is b for a, b in zip(*beside, strict=True)):
+        return None
+    sums = (_Sum(), _Sum())
+    count = 0
+    for chunk_t, chunk_s, whole, found in zip(teacher, student, *beside, strict=True):
+        seen = [_columns(chunk, geometry, bias, columns_at_once, torch.float64) for chunk in (chunk_t, chunk_s)]
+        lacking = whole - found
+        if geometry.op == "linear":
+            flat = lacking.reshape(-1, lacking.shape[-1]).T
+        else:
+            flat = lacking.movedim(1, 0).reshape(lacking.shape[1], -1)
+        grouped = flat.reshape(geometry.groups, -1, flat.shape[1]).double()
+        at = 0
+        for x_t, x_s in zip(*seen, strict=True):
+            part = grouped[:, :, at : at + x_t.shape[2]]
+            sums[0].add(part @ x_t.mT)
+            sums[1].add(part @ x_s.mT)
+            at += x_t.shape[2]
+        count += at
+    return sums[0].mean(count), sums[1].mean(count)
+
+
 class _Sum:
     """A running sum of products in float64, whatever the precision of the products."""
 

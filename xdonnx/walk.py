@@ -29,6 +29,8 @@ class Stop:
         The layer's input, chunk by chunk; the same objects where the two networks still agree.
     weight, bias : Tensor, Tensor or None
         The teacher's, in ONNX layout.
+    beside : (teacher, student) lists of Tensor, optional
+        What the layer's output will be added to, where that is known already: the other branch of a residual block.
     """
 
     layer: Layer
@@ -37,6 +39,7 @@ class Stop:
     student: Chunks
     weight: Tensor
     bias: Tensor | None
+    beside: tuple[Chunks, Chunks] | None = None
 
     @property
     def agree(self) -> bool:
@@ -81,9 +84,10 @@ def walk(net: Net, program: Program, inputs: Mapping[str, np.ndarray], visit: Vi
     student = dict(teacher)
     for name, tensor in program.constants.items():
         teacher[name] = student[name] = [tensor] * len(batches)
+    addends = _addends(net, program)
     for at, step in enumerate(program.steps):
         if step.layer is not None:
-            _run_layer(net, program, step, teacher, student, visit)
+            _run_layer(net, program, step, teacher, student, visit, addends.get(step.name, ""))
         else:
             _run(step, teacher, student, len(batches))
         for name in (*step.inputs, *step.outputs):
@@ -118,11 +122,13 @@ def _run_layer(
     teacher: dict[str, Chunks],
     student: dict[str, Chunks],
     visit: Visit,
+    other: str,
 ) -> None:
     layer = step.layer
     assert layer is not None
     weight, bias = layer_tensors(net, layer, program.device)
-    stop = Stop(layer, geometry(layer), teacher[layer.input], student[layer.input], weight, bias)
+    beside = (teacher[other], student[other]) if other in teacher and other not in program.constants else None
+    stop = Stop(layer, geometry(layer), teacher[layer.input], student[layer.input], weight, bias, beside)
     answer = visit(stop)
     made_t = [run_layer(layer, x, weight, bias) for x in stop.teacher]
     if answer is None:
@@ -133,3 +139,21 @@ def _run_layer(
     else:
         made_s = [run_layer(layer, x, *answer) for x in stop.student]
     teacher[layer.name], student[layer.name] = made_t, made_s
+
+
+def _addends(net: Net, program: Program) -> dict[str, str]:
+    """Return {layer: value} for layers whose output is read by an addition alone: what of its shape is added to it."""
+    readers: dict[str, list[Step]] = {}
+    for step in program.steps:
+        for name in step.inputs:
+            readers.setdefault(name, []).append(step)
+    found = {}
+    for step in program.steps:
+        reading = readers.get(step.name, [])
+        if step.layer is None or len(reading) != 1 or step.name in program.outputs:
+            continue
+        if reading[0].op == "Add" and len(set(reading[0].inputs)) == 2:
+            other = next(name for name in reading[0].inputs if name != step.name)
+            if step.name in net.shapes and net.shapes[step.name] == net.shapes.get(other):
+                found[step.name] = other
+    return found

@@ -14,13 +14,13 @@ from program import SHOTS, TEACHER, Compressed, listing
 PROGRAM = [sys.executable, "-c", "from xdonnx_cli.app import main; main()"]
 
 
-def test_nothing_but_compress_imports_torch(compressed: Compressed, tmp_path: Path) -> None:
+def test_nothing_but_compress_and_plan_imports_torch(compressed: Compressed, tmp_path: Path) -> None:
     report, student = compressed.folder / "student.report", compressed.folder / "student.onnx"
     code = f"""
 import sys
 from xdonnx_cli.app import run
 heavy = ("torch", "onnx", "onnxruntime", "numpy", "PIL")
-for command in ("", "compress", "inspect", "verify", "gate", "methods", "doctor"):
+for command in ("", "compress", "plan", "inspect", "verify", "gate", "methods", "doctor"):
     assert run([*([command] if command else []), "--help"]) == 0
 assert run(["--version"]) == run(["methods"]) == 0
 assert not set(heavy) & set(sys.modules), "help and methods have to be instant"

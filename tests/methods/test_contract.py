@@ -14,7 +14,7 @@ from helpers import same_answers
 
 from xdonnx.budget import Budget, Plan, make_plan
 from xdonnx.convert import checked, convert
-from xdonnx.errors import NothingToDo
+from xdonnx.errors import JobError, NothingToDo
 from xdonnx.graph import Net, read_net
 from xdonnx.methods import METHODS, make
 from xdonnx.methods.layerwise import Bench, Outcome
@@ -23,6 +23,17 @@ from xdonnx.runtime import answer, open_session
 from xdonnx.shots import Shots
 
 STRUCTURES = ["channel", "element", "2:4"]
+
+
+def legal(method: str, structure: str) -> bool:
+    try:
+        make(method, {}).check(structure)
+    except JobError:
+        return False
+    return True
+
+
+PAIRS = [(method, structure) for method in METHODS for structure in STRUCTURES if legal(method, structure)]
 
 
 @cache
@@ -36,16 +47,21 @@ def compressed(name: str, method: str, structure: str, **options: Any) -> tuple[
     kind = "macs" if structure == "channel" else "keep"
     plan = make_plan(net, Budget("keep" if kind == "macs" else kind, 0.5, structure, residual=True))
     bench = Bench(checked(net, convert(net, torch.device("cpu")), inputs), torch.Generator().manual_seed(0))
-    shots = Shots(inputs, None, tuple(map(str, range(12))))
-    return net, plan, make(method, options)(net, Patch(), shots, plan, bench), inputs
+    shots = Shots(inputs, np.arange(12) % 2, tuple(map(str, range(12))))
+    found, patch = make(method, {"steps": 6, **options}), Patch()
+    if getattr(found, "follows", False):
+        patch = make("l1-norm", {})(net, patch, shots, plan, bench).patch
+    return net, plan, found(net, patch, shots, plan, bench), inputs
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("name", nets.ALL)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "structure"), PAIRS)
 def test_every_method_keeps_the_contract(method: str, name: str, structure: str) -> None:
     try:
         net, plan, outcome, inputs = compressed(name, method, structure)
+    except JobError as error:
+        assert method == "bp" and "no row of scores" in str(error)
+        return
     except NothingToDo:
         assert structure != "channel" and len([la for la in parsed(name).layers.values() if la.kernel]) == 1
         return

@@ -29,11 +29,35 @@ METHODS: Mapping[str, Entry] = {
         "The default. Layer by layer, from 1 to 50 unlabelled samples per class.",
         "samples, no labels",
     ),
+    "tune": Entry(
+        "xdonnx.methods.tune:Tune",
+        "Wang, Cao, Wang, Wu: Compressing Models with Few Samples: Mimicking then Replacing, CVPR 2022",
+        "After another method (--method cross --method tune), or by --preset-effort best: all layers at once.",
+        "samples, no labels",
+    ),
     "l1-norm": Entry(
         "xdonnx.methods.l1_norm:L1Norm",
         "Li, Kadav, Durdanovic, Samet, Graf: Pruning Filters for Efficient ConvNets, ICLR 2017",
         "The baseline: what removal alone costs, with nothing fitted.",
         "nothing",
+    ),
+    "thinet": Entry(
+        "xdonnx.methods.thinet:ThiNet",
+        "Luo, Wu, Lin: ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression, ICCV 2017",
+        "A baseline: greedy choice of channels, one scale for each that stays. To compare with its published figures.",
+        "samples, no labels",
+    ),
+    "channel-pruning": Entry(
+        "xdonnx.methods.channel_pruning:ChannelPruning",
+        "He, Zhang, Sun: Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017",
+        "A baseline: the LASSO chooses channels, least squares refit. Wants more shots than cross.",
+        "samples, no labels",
+    ),
+    "fskd": Entry(
+        "xdonnx.methods.fskd:FSKD",
+        "Li, Li, Liu, Zhang: Few Sample Knowledge Distillation for Efficient Network Compression, CVPR 2020",
+        "A baseline: the smallest filters go, then a 1x1 layer mends each layer's outputs and is merged into it.",
+        "samples, no labels",
     ),
 }
 

@@ -13,10 +13,11 @@ and ADMM or greedy removal with exact refits reach a lower error in a fraction o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from xdonnx.augment import VIEWS, widened
 from xdonnx.budget import Plan
-from xdonnx.connection import Connection, named, soft
+from xdonnx.connection import Connection, named, regression, soft
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.graph import Net
 from xdonnx.methods.layerwise import Bench, Outcome, Rule, layerwise
@@ -24,6 +25,8 @@ from xdonnx.patch import Patch
 from xdonnx.shots import Shots
 from xdonnx.solve import ADMM, PGD, SOLVERS, Greedy, Solver
 
+# What 'auto' may refit a layer with instead, where folds of the samples say so.
+ALTERNATIVES = ((soft(1.0, 0.5), 0.01), (regression(), 0.01), (soft(0.9, 0.5), 0.1))
 EFFORTS = ("fast", "balanced", "best", "paper")
 
 
@@ -34,7 +37,8 @@ class Cross:
     Parameters
     ----------
     connection : {'auto', 'soft', 'cross', 'correction', 'imitation', 'regression'}, default='auto'
-        'auto' is soft(0.9, 0.5), the best fixed choice that was measured; see the README's table.
+        'auto' is soft(0.9, 0.5), the best fixed choice that was measured (see the README's table), refitted layer by
+        layer with less regularisation or more compensation where three folds of the samples say so.
     mu : float, optional
         Share of correction in 'cross'. Default: the paper's 0.9 for networks with residual additions, 0.6 for others.
     alpha, beta : float, optional
@@ -43,6 +47,9 @@ class Cross:
         'auto' is greedy for channels and ADMM for single weights.
     ridge : float, optional
         Pull toward the teacher's weights, relative to the mean curvature. Default: 0.01.
+    views : int, optional
+        Rows that samples of images are brought to by mirrored, shifted and zoomed views; 0 makes none. Default: 128,
+        and none under the effort 'paper'.
     effort : {'fast', 'balanced', 'best', 'paper'}, default='balanced'
         'paper' runs what the published code runs: 3,000 Adam steps with the hard ramp of the kept fraction, biases
         frozen, no ridge, no refit, connection cross(mu) unless another is asked for. 'fast' makes no exchanges after
@@ -59,6 +66,7 @@ class Cross:
     beta: float | None = None
     solver: str = "auto"
     ridge: float | None = None
+    views: int | None = None
     effort: str = "balanced"
 
     def __post_init__(self) -> None:
@@ -68,6 +76,8 @@ class Cross:
         if self.solver != "auto" and self.solver not in SOLVERS:
             near = did_you_mean(self.solver, SOLVERS)
             raise JobError(f"unknown solver '{self.solver}'.{near}\n  Solvers: auto, {', '.join(SOLVERS)}.")
+        if self.views is not None and self.views < 0:
+            raise JobError(f"--views is {self.views}.\n  It is a number of rows, such as 128; 0 makes no views.")
         if self.connection != "auto":
             named(self.connection, mu=_or(self.mu, 0.5), alpha=_or(self.alpha, 0.9), beta=_or(self.beta, 0.5))
 
@@ -75,8 +85,14 @@ class Cross:
         """Compress the net from these shots; see `xdonnx.methods.layerwise`."""
         paper = self.effort == "paper"
         ridge = self.ridge if self.ridge is not None else (0.0 if paper else 0.01)
-        rule = Rule(self._connection(net), ridge, self._solver(plan), refit=not paper, bias=not paper)
-        return layerwise(net, patch, shots.inputs, plan, rule, bench)
+        rule = Rule(
+            self._connection(net), ridge, self._solver(plan), refit=not paper, bias=not paper, compensate=not paper
+        )
+        open_choice = self.connection == "auto" and self.alpha is None and self.beta is None and self.ridge is None
+        others = ALTERNATIVES if open_choice and self.effort in ("balanced", "best") else ()
+        rows = self.views if self.views is not None else 0 if paper else VIEWS
+        inputs = widened(shots.inputs, rows, bench.generator)
+        return layerwise(net, patch, inputs, plan, replace(rule, others=others), bench, len(shots))
 
     def check(self, structure: str) -> None:
         """Raise JobError for combinations that make no sense."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from xdonnx.budget import Plan, pattern_of
 from xdonnx.connection import Connection, Quadratic, correction, damped, objective, regression
 from xdonnx.convert import Program, stored
+from xdonnx.crossval import Candidate, choose, measure_folds, total
 from xdonnx.events import Event, Log, ignore
 from xdonnx.graph import Group, Net
 from xdonnx.layers import Layer
@@ -28,6 +30,8 @@ from xdonnx.walk import Stop, Weights, walk
 
 # A layer with more columns than this is fitted from its columns: the moments and their factors would take over 2 GB.
 WIDEST = 6000
+# Parts that the samples are cut into to choose a layer's connection and ridge, and the advantage that a change needs.
+FOLDS, LEAN = 3, 0.05
 # Entries of the columns that are then held at once.
 MOST_ENTRIES = 1 << 26
 # Up to this many readers of the same channels are weighed exactly, with the others adapting; beyond, one by one.
@@ -74,6 +78,18 @@ class Outcome:
     traces: tuple[Trace, ...] = field(default_factory=tuple)
 
 
+class Refitter(Protocol):
+    """Fits what is left of a layer once its channels are chosen."""
+
+    def __call__(self, q: Quadratic, start: Tensor, columns: Tensor, rows: Tensor, *, bias: bool) -> Tensor:
+        """Return weights (g, o, d) for `q`, from the teacher's in `start`.
+
+        `columns` (d,) holds the label of each column, -1 for none; `rows` (g, o) marks the outputs that stay as far
+        as is known; `bias` says whether the last column is the bias. Only columns that stay are passed.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a layer-wise method decides: the connection, the pull toward the teacher, and how to solve.
@@ -88,6 +104,14 @@ class Rule:
         Whether layers that lose nothing are refitted too, to make up for upstream error.
     bias : bool
         Whether the bias is refitted.
+    refitter : Refitter, optional
+        Has the last word on what is left of a layer. Without one the solver has it, or free least squares where there
+        was nothing to choose.
+    others : tuple of (Connection, float)
+        Connections and ridges that a layer is refitted with instead where folds of the samples say so.
+    compensate : bool
+        Whether the last layer of a residual branch makes up for the error of the other branch too, see
+        :func:`xdonnx.connection.compensated`.
     """
 
     connection: Connection
@@ -95,10 +119,13 @@ class Rule:
     solver: Solver
     refit: bool = True
     bias: bool = True
+    refitter: Refitter | None = None
+    compensate: bool = True
+    others: tuple[Candidate, ...] = ()
 
 
 def layerwise(
-    net: Net, patch: Patch, inputs: Mapping[str, np.ndarray], plan: Plan, rule: Rule, bench: Bench
+    net: Net, patch: Patch, inputs: Mapping[str, np.ndarray], plan: Plan, rule: Rule, bench: Bench, samples: int = 0
 ) -> Outcome:
     """Compress the net in one walk.
 
@@ -111,13 +138,16 @@ def layerwise(
     plan : Plan
     rule : Rule
     bench : Bench
+    samples : int
+        How many of the rows are samples, the others being views of them in the same order; 0: all.
 
     Returns
     -------
     Outcome
     """
+    rows = samples or len(next(iter(inputs.values())))
     drop = set(patch.drop) | joint_choice(net, patch, inputs, plan, rule, bench)
-    visitor = _Visitor(net, plan, rule, bench, drop, dict(patch.tensors))
+    visitor = _Visitor(net, plan, rule, bench, drop, dict(patch.tensors), rows)
     walk(net, bench.program, inputs, visitor)
     return Outcome(Patch(visitor.tensors, frozenset(visitor.drop)), tuple(visitor.traces))
 
@@ -126,11 +156,20 @@ class _Visitor:
     """The state of one walk: what has been decided so far."""
 
     def __init__(
-        self, net: Net, plan: Plan, rule: Rule, bench: Bench, drop: set[int], tensors: dict[str, np.ndarray]
+        self,
+        net: Net,
+        plan: Plan,
+        rule: Rule,
+        bench: Bench,
+        drop: set[int],
+        tensors: dict[str, np.ndarray],
+        samples: int,
     ) -> None:
         self.net, self.plan, self.rule, self.bench = net, plan, rule, bench
         self.drop, self.tensors = drop, tensors
         self.traces: list[Trace] = []
+        self.samples = samples
+        self.chosen = [0] * (1 + len(rule.others))
         self.decides: dict[str, list[int]] = {}
         for at in plan.channels:
             readers = net.groups[at].readers
@@ -165,15 +204,31 @@ class _Visitor:
         with_bias = self.rule.bias and stop.bias is not None
         if len(layer.columns) > WIDEST:
             return self._fit_wide(stop)
-        moments = measure(stop.teacher, stop.student, stop.geometry, bias=with_bias)
+        rule, beside = self.rule, stop.beside if self.rule.compensate else None
+        folds = measure_folds(
+            stop.teacher,
+            stop.student,
+            beside,
+            stop.geometry,
+            bias=with_bias,
+            samples=self.samples,
+            folds=FOLDS if rule.others and not stop.agree else 1,
+        )
+        whole = total(folds)
+        moments = whole.moments
         teacher = to_matrix(stop.weight, stop.bias if with_bias else None, stop.geometry).to(moments.tt)
         columns = torch.tensor(layer.columns, device=teacher.device)
         if with_bias:
             columns = torch.cat([columns, columns.new_full((1,), -1)])
         judge = objective(regression(), moments, teacher)
-        quadratic = objective(self.rule.connection, moments, teacher)
-        quadratic = damped(quadratic, teacher, self.rule.ridge, bias=with_bias)
-        matrix, mask = self._settle(layer, quadratic, teacher, columns)
+        candidates = ((rule.connection, rule.ridge), *rule.others)
+        matrix, mask = self._settle(layer, whole.quadratic(candidates[0], teacher, bias=with_bias), teacher, columns)
+        alive = self._alive(columns)
+        best = choose(folds, candidates, teacher, mask, alive, bias=with_bias, lean=LEAN)
+        if best:
+            quadratic = restricted(whole.quadratic(candidates[best], teacher, bias=with_bias), alive)
+            matrix[..., alive] = refit(quadratic, mask[..., alive], teacher[..., alive])
+        self.chosen[best] += 1
         weight, bias = from_matrix(matrix, stop.geometry, with_bias, tuple(stop.weight.shape))
         energy = max(float(judge.const.sum()), 1e-30)
         before, after = float(judge(teacher * mask)) / energy, float(judge(matrix)) / energy
@@ -203,6 +258,16 @@ class _Visitor:
         structure = weight_structure(layer, self.plan, alive, columns, teacher)
         if structure is not None:
             solve(structure, min(self.plan.weights.get(layer.name, structure.least), structure.count), alive)
+        elif self.rule.refitter is not None:
+            mask.zero_()[..., alive] = True
+            stay = torch.tensor(~np.isin(layer.out_ids, sorted(self.drop)), device=columns.device)
+            made.zero_()[..., alive] = self.rule.refitter(
+                restricted(quadratic, alive),
+                teacher[..., alive],
+                columns[alive],
+                stay.reshape(teacher.shape[:2]),
+                bias=len(columns) > len(layer.columns),
+            )
         elif not settled:
             mask[..., alive] = True
             made[..., alive] = refit(restricted(quadratic, alive), mask[..., alive], teacher[..., alive])

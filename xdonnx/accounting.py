@@ -1,0 +1,47 @@
+"""What became of each layer: what it kept, what it costs now and how far off it is, as the report lists it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xdonnx.graph import Net
+from xdonnx.layers import Layer
+from xdonnx.methods.layerwise import Outcome
+from xdonnx.patch import kept
+from xdonnx.report import LayerResult
+
+
+def layer_results(net: Net, outcome: Outcome, structure: str) -> list[LayerResult]:
+    """Return a row for each layer of the network, in graph order."""
+    keep = kept(net, outcome.patch)
+    traces = {trace.layer: trace for trace in outcome.traces}
+    rows = []
+    for layer in net.layers.values():
+        trace = traces.get(layer.name)
+        weight = outcome.patch.tensors.get(layer.weight, net.array(layer.weight))
+        outputs, columns = _left(layer, keep)
+        share = outputs * columns / (len(layer.out_ids) * len(layer.columns))
+        biases = len(layer.out_ids) if layer.bias else 0
+        single = structure != "channel"
+        rows.append(
+            LayerResult(
+                layer=layer.name,
+                op=layer.op,
+                kept=int(np.count_nonzero(weight)) if single else outputs,
+                units=int(weight.size) if single else len(layer.out_ids),
+                params_before=layer.params,
+                params_after=round((layer.params - biases) * share) + (outputs if layer.bias else 0),
+                macs_before=layer.macs * net.batch,
+                macs_after=round(layer.macs * share) * net.batch,
+                objective_before=trace.objective_before if trace else None,
+                objective_after=trace.objective_after if trace else None,
+                seconds=round(trace.seconds, 4) if trace else None,
+                note="; ".join(net.reasons(layer))[:200] if not single else "",
+            )
+        )
+    return rows
+
+
+def _left(layer: Layer, keep: np.ndarray) -> tuple[int, int]:
+    own = layer.columns >= 0
+    return int(keep[layer.out_ids].sum()), len(layer.columns) - int((~keep[layer.columns[own]]).sum())

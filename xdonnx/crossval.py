@@ -1,0 +1,157 @@
+"""Connection and ridge of a layer, chosen on samples that its fit did not see.
+
+Moments add up, so those of all folds but one cost nothing beyond the folds themselves, and a candidate's held-out error
+is a few products of matrices: no sample is run twice. The support is the same for all candidates, and what is compared
+is the refit. A caveat: layers further up were fitted on all samples, so the student's inputs of a held-out fold are a
+little better than those of an unseen sample; hence `lean`, the advantage that a candidate needs over the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from xdonnx.connection import Connection, Quadratic, compensated, damped, objective, regression
+from xdonnx.moments import Geometry, Moments, measure, measure_missing
+from xdonnx.solve import refit
+
+Chunks = Sequence[Tensor]
+Candidate = tuple[Connection, float]
+"""A connection and a ridge."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What one part of the samples says of a layer.
+
+    Parameters
+    ----------
+    moments : Moments
+    missing : (Tensor, Tensor) or None
+        See :func:`xdonnx.moments.measure_missing`.
+    """
+
+    moments: Moments
+    missing: tuple[Tensor, Tensor] | None
+
+    def __add__(self, other: Fold) -> Fold:
+        moments = self.moments + other.moments
+        if self.missing is None or other.missing is None:
+            return Fold(moments, None)
+        share = self.moments.count / moments.count
+        a, b = (mine * share + theirs * (1 - share) for mine, theirs in zip(self.missing, other.missing, strict=True))
+        return Fold(moments, (a, b))
+
+    def quadratic(self, candidate: Candidate, teacher: Tensor, *, bias: bool) -> Quadratic:
+        """Return the error of the student's weights under a connection and a ridge."""
+        connection, ridge = candidate
+        q = objective(connection, self.moments, teacher)
+        if self.missing is not None:
+            q = compensated(q, connection, self.missing)
+        return damped(q, teacher, ridge, bias=bias)
+
+
+def measure_folds(
+    teacher: Chunks,
+    student: Chunks,
+    beside: tuple[Chunks, Chunks] | None,
+    geometry: Geometry,
+    *,
+    bias: bool,
+    samples: int,
+    folds: int,
+) -> list[Fold]:
+    """Measure a layer's inputs fold by fold.
+
+    Parameters
+    ----------
+    teacher, student : chunks of rows
+        Row `r` of all is a view of sample `r % samples`; all views of a sample are in one fold.
+    beside : (teacher, student), optional
+        The other branch of a residual block.
+    samples, folds : int
+
+    Returns
+    -------
+    list of Fold
+        At most `folds`, none of them empty.
+    """
+    folds = max(1, min(folds, samples))
+    rows, start = [], 0
+    for chunk in teacher:
+        rows.append(torch.arange(start, start + len(chunk), device=chunk.device) % samples % folds)
+        start += len(chunk)
+    found = []
+    for fold in range(folds):
+
+        def part(chunks: Chunks, fold: int = fold) -> list[Tensor]:
+            if folds == 1:
+                return list(chunks)
+            # A graph of fixed batch has chunks of one fold alone.
+            return [chunk[row == fold] for chunk, row in zip(chunks, rows, strict=True) if bool((row == fold).any())]
+
+        x_t = part(teacher)
+        agree = all(a is b for a, b in zip(teacher, student, strict=True))
+        x_s = x_t if agree else part(student)
+        moments = measure(x_t, x_s, geometry, bias=bias)
+        missing = None
+        if beside is not None and not all(a is b for a, b in zip(*beside, strict=True)):
+            missing = measure_missing(x_t, x_s, (part(beside[0]), part(beside[1])), geometry, bias=bias)
+        found.append(Fold(moments, missing))
+    return found
+
+
+def total(folds: Sequence[Fold]) -> Fold:
+    """Return what all folds together say."""
+    return reduce(add, folds)
+
+
+def choose(
+    folds: Sequence[Fold],
+    candidates: Sequence[Candidate],
+    teacher: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    *,
+    bias: bool,
+    lean: float,
+) -> int:
+    """Return the index of the candidate whose refit has the least error on folds that it did not see.
+
+    Parameters
+    ----------
+    teacher : (g, o, d)
+        The teacher's weights, pulled towards and imitated.
+    mask : BoolTensor (g, o, d)
+        The weights that stay.
+    columns : BoolTensor (d,)
+        Columns that are not wholly gone; the others are left out of the systems.
+    bias : bool
+        Whether the last column is the bias.
+    lean : float
+        By what share a candidate has to be better than the first.
+
+    Returns
+    -------
+    int
+        0 where there are no two folds.
+    """
+    if len(folds) < 2:
+        return 0
+    errors = torch.zeros(len(candidates), dtype=torch.float64)
+    for at, unseen in enumerate(folds):
+        seen = total([fold for other, fold in enumerate(folds) if other != at])
+        judge = unseen.quadratic((regression(), 0.0), teacher, bias=bias)
+        for index, candidate in enumerate(candidates):
+            q = seen.quadratic(candidate, teacher, bias=bias)
+            q = Quadratic(q.hess[:, columns][:, :, columns], q.lin[..., columns], q.const)
+            made = torch.zeros_like(teacher)
+            made[..., columns] = refit(q, mask[..., columns], teacher[..., columns])
+            errors[index] += float(judge(made)) * unseen.moments.count
+    best = int(errors.argmin())
+    return best if float(errors[best]) < (1 - lean) * float(errors[0]) else 0

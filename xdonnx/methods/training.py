@@ -1,0 +1,305 @@
+"""The one training loop: the weights that an earlier method left open move end to end, under any loss.
+
+What is zero stays zero and what is gone stays gone. Steps are few and samples fewer, so the loop is built not to do
+harm: every tensor moves at a rate relative to its own size, the rate is found by short trial runs, weights are averaged
+along the way, and what comes back is the best that a held-out part of the samples saw, the start included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xdonnx.augment import image_axes, mixed, moved
+from xdonnx.errors import JobError, did_you_mean
+from xdonnx.events import Event
+from xdonnx.graph import Net
+from xdonnx.methods.layerwise import Bench, Outcome
+from xdonnx.patch import Patch
+from xdonnx.shots import Shots
+from xdonnx.student import Taps, execute, find_taps, open_student, teacher_weights
+
+# Multiply-accumulates of one training run, and the steps that it may have. 10^13 take about a minute on two cores.
+WORK = {"fast": 0.6e13, "balanced": 2e13, "best": 6e13, "paper": 6e13}
+STEPS = {"fast": 300, "balanced": 600, "best": 1500, "paper": 2000}
+FEWEST_STEPS = 60
+# Of the samples, how many judge; they are not trained on.
+JUDGES = 0.1
+# Trial rates, relative to the size of each tensor, and the length of a trial.
+RATES = (0.003, 0.01, 0.03)
+TRIAL_STEPS = 40
+# A larger rate is taken when its trial is not worse than the best by more than this share.
+_AS_GOOD = 1.02
+AVERAGE = 0.99
+SMALL_BATCH = 16
+_CHECKS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a loss looks at.
+
+    Parameters
+    ----------
+    teacher, student : {value: Tensor}
+        At the taps; the teacher's without the channels that the student lost.
+    labels : Tensor (n,) or None
+        None where samples are unlabelled or mixed.
+    """
+
+    teacher: Mapping[str, Tensor]
+    student: Mapping[str, Tensor]
+    labels: Tensor | None
+
+
+Loss = Callable[[Batch], Tensor]
+"""A scalar, lower is better; zero gradient where the student cannot help it."""
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error as a share of the teacher's energy."""
+    return (student - teacher).square().sum() / teacher.square().sum().clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how the loop runs.
+
+    Parameters
+    ----------
+    steps, batch : int
+    mix : bool
+        Whether samples are mixed; labels then say nothing.
+    rates : tuple of float
+        Tried in turn where there is more than one; relative to the root mean square of each tensor.
+    """
+
+    steps: int
+    batch: int
+    mix: bool
+    rates: tuple[float, ...] = RATES
+
+
+def schedule(net: Net, effort: str, steps: int | None, *, mix: bool) -> Schedule:
+    """Return the steps that the effort pays for, given what one sample of this net costs, or those asked for.
+
+    Raises
+    ------
+    JobError
+        There is no such effort, or no step.
+    """
+    check_schedule(effort, steps)
+    macs = max(1, sum(layer.macs for layer in net.layers.values()))
+    batch = 64 if macs < 2e8 else 32 if macs < 1e9 else 16
+    batch = max(batch // net.batch, 1) * net.batch
+    # Forward and backward through the student, forward through the teacher.
+    affordable = WORK[effort] / (4 * macs * batch)
+    return Schedule(steps or int(min(STEPS[effort], max(FEWEST_STEPS, affordable))), batch, mix)
+
+
+def check_schedule(effort: str, steps: int | None) -> None:
+    """Raise JobError for an effort or a number of steps that makes no sense."""
+    if effort not in STEPS:
+        near = did_you_mean(effort, STEPS)
+        raise JobError(f"unknown effort '{effort}'.{near}\n  Efforts: {', '.join(STEPS)}.")
+    if steps is not None and steps < 1:
+        raise JobError(f"--steps is {steps}.\n  It is a number of training steps: 1 or more, such as 600.")
+
+
+def train(
+    net: Net, patch: Patch, shots: Shots, loss: Loss, plan: Schedule, bench: Bench, taps: Taps | None = None
+) -> Outcome:
+    """Train the student of a patch and return the patch with its new weights.
+
+    Parameters
+    ----------
+    patch : Patch
+        What was removed; its zeros and its drop are kept.
+    shots : Shots
+        The samples that fit. A tenth of them, at least one, judge instead.
+    loss : callable
+    plan : Schedule
+    bench : Bench
+
+    Returns
+    -------
+    Outcome
+        Never worse than `patch` under `loss` on the held-out samples; `patch` itself where nothing was better.
+    """
+    return _Run(net, patch, shots, loss, plan, bench, taps or find_taps(net, bench.program))()
+
+
+class _Run:
+    """One run of the loop: data, student and the record of what was best."""
+
+    def __init__(
+        self, net: Net, patch: Patch, shots: Shots, loss: Loss, plan: Schedule, bench: Bench, taps: Taps
+    ) -> None:
+        self.net, self.start, self.loss, self.plan, self.taps = net, patch, loss, plan, taps
+        self.program, self.generator, self.log = bench.program, bench.generator, bench.log
+        device = bench.program.device
+        self.inputs = {name: torch.tensor(array, device=device) for name, array in shots.inputs.items()}
+        self.labels = None if shots.labels is None else torch.tensor(shots.labels, device=device)
+        port = net.interface.inputs[0]
+        single = len(self.inputs) == 1 and self.inputs[port.name].is_floating_point()
+        self.axes = image_axes(self.inputs[port.name].shape) if single else None
+        order = torch.randperm(len(shots), generator=self.generator)
+        judges = max(1, round(JUDGES * len(shots))) if len(shots) > net.batch else 0
+        judges = -(-judges // net.batch) * net.batch
+        self.judges, self.fits = order[:judges], order[judges:]
+        if not len(self.fits):
+            self.judges, self.fits = order, order
+        sample = {name: x[: net.batch] for name, x in self.inputs.items()}
+        self.teacher = teacher_weights(net, device)
+        self.student = open_student(net, patch, bench.program, taps, sample)
+        self.names = sorted(self.student.weights)
+        self.most = self._rows_at_once(sample)
+        if self.most < plan.batch:
+            # Row by row there is nothing to gain from a large batch, and a step would take as many runs.
+            self.plan = replace(plan, batch=max(1, SMALL_BATCH // self.most) * self.most)
+
+    def _rows_at_once(self, sample: Mapping[str, Tensor]) -> int:
+        """Return how many rows a run may have: any number, unless the graph was exported for one batch size alone."""
+        fixed = [port.shape[0] for port in self.net.interface.inputs if port.shape and isinstance(port.shape[0], int)]
+        if not fixed:
+            return self.plan.batch
+        twice = {name: torch.cat([x, x]) for name, x in sample.items()}
+        try:
+            with torch.no_grad():
+                once = execute(self.program, sample, self.teacher, self.taps.all)
+                both = execute(self.program, twice, self.teacher, self.taps.all)
+        except RuntimeError:
+            return self.net.batch
+        same = all(
+            b.shape[0] == 2 * a.shape[0] and torch.allclose(torch.cat([a, a]), b, rtol=1e-3, atol=1e-4)
+            for a, b in zip(once, both, strict=True)
+        )
+        return self.plan.batch if same else self.net.batch
+
+    def __call__(self) -> Outcome:
+        weights = self.student.weights
+        begin = {name: tensor.clone() for name, tensor in weights.items()}
+        before = self._judge(begin)
+        # Trials as long as the run itself would not pay.
+        worth = len(self.plan.rates) > 1 and self.plan.steps > 2 * TRIAL_STEPS
+        trials = len(self.plan.rates) * TRIAL_STEPS if worth else 0
+        self.done, self.total = 0, trials + self.plan.steps
+        rate = sorted(self.plan.rates)[(len(self.plan.rates) - 1) // 2]
+        if trials:
+            found = {}
+            for candidate in self.plan.rates:
+                made, _ = self._descend(begin, candidate, TRIAL_STEPS)
+                found[candidate] = self._judge(made)
+            least = min(found.values())
+            rate = max(c for c, error in found.items() if error <= least * _AS_GOOD)
+        made, error = self._descend(begin, rate, self.plan.steps, checks=_CHECKS)
+        text = f"held-out loss {before:.4f} -> {error:.4f} at rate {rate:g}"
+        if not error < before:
+            self.log(Event("tune", f"tuning did not help ({text}): left as it was.", level="warning"))
+            return Outcome(self.start)
+        self.log(Event("tune", text))
+        for name, tensor in made.items():
+            weights[name] = tensor
+        return Outcome(self.student.patch(self.net, self.start))
+
+    def _descend(
+        self, begin: Mapping[str, Tensor], rate: float, steps: int, checks: int = 0
+    ) -> tuple[dict[str, Tensor], float]:
+        """Run Adam from `begin` with a warm-up and a cosine; return the best average of weights and its error."""
+        generator = torch.Generator().manual_seed(int(self.generator.initial_seed()) % 2**63)
+        weights = {name: begin[name].clone().requires_grad_() for name in self.names}
+        average = {name: begin[name].clone() for name in self.names}
+        best, least = dict(average), self._judge(average) if checks else math.inf
+        sizes = {name: _size(begin[name]) for name in self.names}
+        groups = [{"params": [weights[name]], "lr": 0.0, "name": name} for name in self.names]
+        optimizer = torch.optim.Adam(groups, lr=0.0)
+        warm = max(1, min(50, steps // 5))
+        for step in range(steps):
+            factor = rate * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group in optimizer.param_groups:
+                group["lr"] = factor * sizes[group["name"]]
+            optimizer.zero_grad(set_to_none=True)
+            inputs, labels = self._batch(generator)
+            for at in range(0, self.plan.batch, self.most):
+                rows = slice(at, at + self.most)
+                part = {name: x[rows] for name, x in inputs.items()}
+                loss = self._loss(weights, part, None if labels is None else labels[rows])
+                if loss.requires_grad:
+                    (loss * (self.most / self.plan.batch)).backward()  # type: ignore[no-untyped-call]
+            for name, mask in self.student.masks.items():
+                if (grad := weights[name].grad) is not None:
+                    grad.mul_(mask)
+            optimizer.step()
+            share = min(AVERAGE, (step + 1) / (step + 10))
+            for name, tensor in average.items():
+                tensor.lerp_(weights[name].detach(), 1 - share)
+            self.done += 1
+            self.log(Event("tune", done=self.done, total=self.total))
+            if checks and ((step + 1) % max(1, steps // checks) == 0 or step == steps - 1):
+                error = self._judge(average)
+                if error < least:
+                    best, least = {name: tensor.clone() for name, tensor in average.items()}, error
+        return (best, least) if checks else (average, math.nan)
+
+    def _batch(self, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor | None]:
+        size = self.plan.batch
+        rows = torch.cat(
+            [self.fits[torch.randperm(len(self.fits), generator=generator)] for _ in range(-(-size // len(self.fits)))]
+        )[:size].to(self.program.device)
+        inputs = {name: x[rows] for name, x in self.inputs.items()}
+        if self.axes is not None:
+            inputs = {name: moved(x, self.axes, generator) for name, x in inputs.items()}
+        if self.plan.mix:
+            return mixed(inputs, generator), None
+        return inputs, None if self.labels is None else self.labels[rows]
+
+    def _loss(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
+        wanted = self.taps.all
+        with torch.no_grad(), self._precision():
+            seen = execute(self.program, inputs, self.teacher, wanted)
+        with self._precision():
+            made = execute(self.student.program, inputs, weights, wanted)
+        teacher = {name: self.student.of_teacher(name, value).float() for name, value in zip(wanted, seen, strict=True)}
+        return self.loss(Batch(teacher, {n: v.float() for n, v in zip(wanted, made, strict=True)}, labels))
+
+    def _precision(self) -> Any:
+        """Return the context in which networks run: bfloat16 where the processor multiplies it, float32 elsewhere.
+
+        Weights, their average and the losses stay in float32.
+        """
+        kind = self.program.device.type
+        fast = torch.cuda.is_bf16_supported() if kind == "cuda" else _cpu_has_bfloat16()
+        return torch.autocast(kind, torch.bfloat16, enabled=fast)
+
+    @torch.no_grad()
+    def _judge(self, weights: Mapping[str, Tensor]) -> float:
+        """Return the mean loss on the held-out samples and, for images, their mirror images."""
+        losses, sizes = [], []
+        for rows in torch.split(self.judges, self.most):
+            inputs = {name: x[rows.to(x.device)] for name, x in self.inputs.items()}
+            labels = None if self.labels is None else self.labels[rows.to(self.program.device)]
+            views = [inputs]
+            if self.axes is not None:
+                views.append({name: x.flip(self.axes[1]) for name, x in inputs.items()})
+            for view in views:
+                losses.append(float(self._loss(weights, view, labels)))
+                sizes.append(len(rows))
+        found = float(np.average(losses, weights=sizes))
+        return found if math.isfinite(found) else math.inf
+
+
+def _cpu_has_bfloat16() -> bool:
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(known and known())
+
+
+def _size(tensor: Tensor) -> float:
+    """Return the root mean square of what is not zero; 1e-3 where all is."""
+    alive = tensor[tensor != 0]
+    return float(alive.square().mean().sqrt().clamp(min=1e-3)) if len(alive) else 1e-3

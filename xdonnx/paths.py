@@ -1,0 +1,60 @@
+"""Where results may go: what is checked of OUT before any work, so that nothing of the user's is lost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from xdonnx.errors import JobError, MachineError, did_you_mean
+from xdonnx.model import model_files
+
+# When weights lie beside the file.
+EXTERNAL = ("auto", "always", "never")
+
+
+def rejected_path(out: Path) -> Path:
+    """Return where a candidate that failed its gate is kept."""
+    return out.with_name(f"{out.stem}.rejected.onnx")
+
+
+def check_student(out: Path, model: Path, *, force: bool, external: str) -> None:
+    """Raise JobError or MachineError where the student cannot be written to OUT, or would replace what it must not."""
+    if external not in EXTERNAL:
+        near = did_you_mean(external, EXTERNAL)
+        raise JobError(f"unknown --external-data '{external}'.{near}\n  Choices: {', '.join(EXTERNAL)}.")
+    _check_place(out, "student.onnx")
+    # A candidate that fails its gate, and weights kept outside, go to files of their own beside OUT.
+    written = [out, rejected_path(out)]
+    written += [path.with_name(f"{path.name}.data") for path in written]
+    _check_spared(out, written, model)
+    _check_free([out, written[2]], force=force)
+
+
+def check_plan(out: Path, model: Path, *, force: bool) -> None:
+    """Raise JobError or MachineError where a plan cannot be written to OUT, or would replace what it must not."""
+    _check_place(out, "plan.toml")
+    _check_spared(out, [out], model)
+    _check_free([out], force=force)
+
+
+def _check_place(out: Path, usual: str) -> None:
+    if not out.parent.is_dir():
+        raise JobError(f"the folder of '{out}' does not exist.\n  Make it: mkdir -p '{out.parent}'")
+    if out.is_dir():
+        raise JobError(f"'{out}' is a folder.\n  Name a file: -o {out / usual}")
+    if not os.access(out.parent, os.W_OK):
+        raise MachineError(f"cannot write into '{out.parent}'.")
+
+
+def _check_spared(out: Path, written: list[Path], model: Path) -> None:
+    teacher = {path.resolve() for path in model_files(model)} if model.is_file() else set()
+    for path in written:
+        if path.resolve() in teacher:
+            what = "OUT is MODEL" if path == out else f"'{path}' would be written, and is part of MODEL"
+            raise JobError(f"{what}: '{out}'.\n  The teacher is never overwritten; name another file.")
+
+
+def _check_free(written: list[Path], *, force: bool) -> None:
+    for path in written:
+        if path.exists() and not force:
+            raise JobError(f"'{path}' exists.\n  Pass --force to replace it.")
