@@ -59,6 +59,18 @@ METHODS: Mapping[str, Entry] = {
         "A baseline: the smallest filters go, then a 1x1 layer mends each layer's outputs and is merged into it.",
         "samples, no labels",
     ),
+    "bp": Entry(
+        "xdonnx.methods.bp:BP",
+        "Rumelhart, Hinton, Williams: Learning Representations by Back-propagating Errors, Nature 1986",
+        "A baseline: the smallest filters or weights go, then cross entropy on the labels of the shots.",
+        "labelled samples",
+    ),
+    "fitnet": Entry(
+        "xdonnx.methods.fitnet:FitNet",
+        "Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015",
+        "A baseline: the smallest filters or weights go, then hints at the middle and the teacher's softened answers.",
+        "samples, no labels",
+    ),
 }
 
 
