@@ -107,7 +107,7 @@ _ALLOCATION = (
     "with --macs and --params, unless the effort is fast."
 )
 _STEPS = "Of --method tune, bp and fitnet. Default: by the effort and the size of the network."
-_VIEWS = "Bring few images to N rows by mirrored, shifted and zoomed views; 0 makes none. Default: 128."
+_VIEWS = "Bring few images to N rows by mirrored, shifted and mixed views; 0 makes none. Default: 128."
 _DROP = "Points of accuracy lost, at most; of agreement with the teacher where nothing is labelled."
 _SURE = "Judge the far end of the interval at this confidence, not the measured value: 95%."
 _JSON = "The report as JSON: - is stdout, and the tables go to stderr."

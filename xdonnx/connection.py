@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xdonnx.errors import JobError
-from xdonnx.moments import Moments
+from xdonnx.moments import Missing, Moments
 
 Mix = tuple[float, float]
 """Shares of the teacher's and of the student's input."""
@@ -167,20 +167,22 @@ def objective(connection: Connection, moments: Moments, teacher_matrix: Tensor) 
     return Quadratic((hess + hess.mT) / 2, teacher @ between, const)
 
 
-def compensated(q: Quadratic, connection: Connection, missing: tuple[Tensor, Tensor]) -> Quadratic:
+def compensated(q: Quadratic, connection: Connection, missing: Missing, teacher_matrix: Tensor) -> Quadratic:
     """Let a layer also make up for what another branch, which its output is added to, lacks in the student.
 
     Parameters
     ----------
     q
         From `objective` for the same connection.
-    missing : (g, o, d) each
-        From `moments.measure_missing`: products of what lacks with the inputs in teacher and student.
+    missing
+        From `moments.measure_missing`.
+    teacher_matrix : (g, o, d)
+        As in `objective`.
 
     Returns
     -------
     Quadratic
-        With the same constant: errors of different weights compare, but are no longer those of the sum.
+        The error of the sum.
 
     Notes
     -----
@@ -188,10 +190,14 @@ def compensated(q: Quadratic, connection: Connection, missing: tuple[Tensor, Ten
     `alpha + beta - 1` for soft), so it is given that share of what lacks. He, Zhang, Sun ("Channel Pruning", ICCV
     2017) do the same for the last layer of a residual branch, with share 1.
     """
-    lin = q.lin
-    for weight, (a_t, _), (b_t, b_s) in connection.terms:
-        lin = lin + weight * (a_t - b_t) * (b_t * missing[0] + b_s * missing[1])
-    return Quadratic(q.hess, lin, q.const)
+    teacher = teacher_matrix.to(q.lin)
+    lin, const = q.lin, q.const
+    for weight, (a_t, a_s), (b_t, b_s) in connection.terms:
+        share = a_t - b_t
+        lin = lin + weight * share * (b_t * missing.teacher + b_s * missing.student)
+        wanted = a_t * missing.teacher + a_s * missing.student
+        const = const + weight * share * (2 * (teacher * wanted).sum((1, 2)) + share * missing.energy)
+    return Quadratic(q.hess, lin, const)
 
 
 def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool) -> Quadratic:

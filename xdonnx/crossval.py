@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xdonnx.connection import Connection, Quadratic, compensated, damped, objective, regression
-from xdonnx.moments import Geometry, Moments, measure, measure_missing
+from xdonnx.moments import Geometry, Missing, Moments, measure, measure_missing
 from xdonnx.solve import refit
 
 Chunks = Sequence[Tensor]
@@ -32,27 +32,27 @@ class Fold:
     Parameters
     ----------
     moments : Moments
-    missing : (Tensor, Tensor) or None
-        See :func:`xdonnx.moments.measure_missing`.
+    missing : Missing or None
+        Of the other branch, see :func:`xdonnx.moments.measure_missing`.
     """
 
     moments: Moments
-    missing: tuple[Tensor, Tensor] | None
+    missing: Missing | None
 
     def __add__(self, other: Fold) -> Fold:
         moments = self.moments + other.moments
         if self.missing is None or other.missing is None:
             return Fold(moments, None)
         share = self.moments.count / moments.count
-        a, b = (mine * share + theirs * (1 - share) for mine, theirs in zip(self.missing, other.missing, strict=True))
-        return Fold(moments, (a, b))
+        both = zip(self.missing, other.missing, strict=True)
+        return Fold(moments, Missing(*(mine * share + theirs * (1 - share) for mine, theirs in both)))
 
     def quadratic(self, candidate: Candidate, teacher: Tensor, *, bias: bool) -> Quadratic:
         """Return the error of the student's weights under a connection and a ridge."""
         connection, ridge = candidate
         q = objective(connection, self.moments, teacher)
         if self.missing is not None:
-            q = compensated(q, connection, self.missing)
+            q = compensated(q, connection, self.missing, teacher)
         return damped(q, teacher, ridge, bias=bias)
 
 
@@ -63,6 +63,7 @@ def measure_folds(
     geometry: Geometry,
     *,
     bias: bool,
+    rows: int,
     samples: int,
     folds: int,
 ) -> list[Fold]:
@@ -74,17 +75,18 @@ def measure_folds(
         Row `r` of all is a view of sample `r % samples`; all views of a sample are in one fold.
     beside : (teacher, student), optional
         The other branch of a residual block.
-    samples, folds : int
+    rows, samples, folds : int
+        One fold where chunks do not hold `rows` rows in all: the first axis is not that of the samples then.
 
     Returns
     -------
     list of Fold
         At most `folds`, none of them empty.
     """
-    folds = max(1, min(folds, samples))
-    rows, start = [], 0
+    folds = max(1, min(folds, samples)) if sum(map(len, teacher)) == rows else 1
+    owners, start = [], 0
     for chunk in teacher:
-        rows.append(torch.arange(start, start + len(chunk), device=chunk.device) % samples % folds)
+        owners.append(torch.arange(start, start + len(chunk), device=chunk.device) % samples % folds)
         start += len(chunk)
     found = []
     for fold in range(folds):
@@ -93,9 +95,11 @@ def measure_folds(
             if folds == 1:
                 return list(chunks)
             # A graph of fixed batch has chunks of one fold alone.
-            return [chunk[row == fold] for chunk, row in zip(chunks, rows, strict=True) if bool((row == fold).any())]
+            return [chunk[row == fold] for chunk, row in zip(chunks, owners, strict=True) if bool((row == fold).any())]
 
         x_t = part(teacher)
+        if not x_t:
+            continue
         agree = all(a is b for a, b in zip(teacher, student, strict=True))
         x_s = x_t if agree else part(student)
         moments = measure(x_t, x_s, geometry, bias=bias)

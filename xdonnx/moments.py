@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -248,6 +249,22 @@ def measure(
     return Moments(totals[0], totals[1], totals[2], count)
 
 
+class Missing(NamedTuple):
+    """What another branch, which a layer's output is added to, lacks in the student: `m = s_T - s_S`.
+
+    Parameters
+    ----------
+    teacher, student : (g, o, d)
+        E[m x_T'] and E[m x_S'], with the layer's inputs in the two networks; float64.
+    energy : (g,)
+        E|m|^2, summed over outputs.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    energy: Tensor
+
+
 def measure_missing(
     teacher: Iterable[Tensor],
     student: Iterable[Tensor],
@@ -256,7 +273,7 @@ def measure_missing(
     *,
     bias: bool,
     columns_at_once: int = 8192,
-) -> tuple[Tensor, Tensor] | None:
+) -> Missing | None:
     """Products of a layer's inputs with what another branch, which its output is added to, lacks in the student.
 
     Parameters
@@ -270,13 +287,13 @@ def measure_missing(
 
     Returns
     -------
-    (E[(s_T - s_S) x_T'], E[(s_T - s_S) x_S']), each (g, o, d) in float64; or None
+    Missing or None
         None where the other branch is the same in both networks.
     """
     beside = (list(beside[0]), list(beside[1]))
     if all(a is b for a, b in zip(*beside, strict=True)):
         return None
-    sums = (_Sum(), _Sum())
+    sums = (_Sum(), _Sum(), _Sum())
     count = 0
     for chunk_t, chunk_s, whole, found in zip(teacher, student, *beside, strict=True):
         seen = [_columns(chunk, geometry, bias, columns_at_once, torch.float64) for chunk in (chunk_t, chunk_s)]
@@ -286,6 +303,7 @@ def measure_missing(
         else:
             flat = lacking.movedim(1, 0).reshape(lacking.shape[1], -1)
         grouped = flat.reshape(geometry.groups, -1, flat.shape[1]).double()
+        sums[2].add(grouped.square().sum((1, 2)))
         at = 0
         for x_t, x_s in zip(*seen, strict=True):
             part = grouped[:, :, at : at + x_t.shape[2]]
@@ -293,7 +311,7 @@ def measure_missing(
             sums[1].add(part @ x_s.mT)
             at += x_t.shape[2]
         count += at
-    return sums[0].mean(count), sums[1].mean(count)
+    return Missing(*(total.mean(count) for total in sums))
 
 
 class _Sum:

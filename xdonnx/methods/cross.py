@@ -20,7 +20,7 @@ from xdonnx.budget import Plan
 from xdonnx.connection import Connection, named, regression, soft
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.graph import Net
-from xdonnx.methods.layerwise import Bench, Outcome, Rule, layerwise
+from xdonnx.methods.layerwise import FOLDS, Bench, Outcome, Rule, layerwise
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots
 from xdonnx.solve import ADMM, PGD, SOLVERS, Greedy, Solver
@@ -48,7 +48,7 @@ class Cross:
     ridge : float, optional
         Pull toward the teacher's weights, relative to the mean curvature. Default: 0.01.
     views : int, optional
-        Rows that samples of images are brought to by mirrored, shifted and zoomed views; 0 makes none. Default: 128,
+        Rows that samples of images are brought to by mirrored, shifted and mixed views; 0 makes none. Default: 128,
         and none under the effort 'paper'.
     effort : {'fast', 'balanced', 'best', 'paper'}, default='balanced'
         'paper' runs what the published code runs: 3,000 Adam steps with the hard ramp of the kept fraction, biases
@@ -91,7 +91,7 @@ class Cross:
         open_choice = self.connection == "auto" and self.alpha is None and self.beta is None and self.ridge is None
         others = ALTERNATIVES if open_choice and self.effort in ("balanced", "best") else ()
         rows = self.views if self.views is not None else 0 if paper else VIEWS
-        inputs = widened(shots.inputs, rows, bench.generator)
+        inputs = widened(shots.inputs, rows, bench.generator, FOLDS)
         return layerwise(net, patch, inputs, plan, replace(rule, others=others), bench, len(shots))
 
     def check(self, structure: str) -> None:

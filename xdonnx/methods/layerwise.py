@@ -26,7 +26,7 @@ from xdonnx.moments import Geometry, from_matrix, measure, to_matrix, unroll
 from xdonnx.patch import Patch
 from xdonnx.solve import Solver, refit, remove_jointly
 from xdonnx.structure import Channel, Element, NofM, Structure
-from xdonnx.walk import Stop, Weights, walk
+from xdonnx.walk import Stop, Weights, chunked, walk
 
 # A layer with more columns than this is fitted from its columns: the moments and their factors would take over 2 GB.
 WIDEST = 6000
@@ -145,9 +145,9 @@ def layerwise(
     -------
     Outcome
     """
-    rows = samples or len(next(iter(inputs.values())))
+    rows = sum(len(next(iter(batch.values()))) for batch in chunked(net, inputs))
     drop = set(patch.drop) | joint_choice(net, patch, inputs, plan, rule, bench)
-    visitor = _Visitor(net, plan, rule, bench, drop, dict(patch.tensors), rows)
+    visitor = _Visitor(net, plan, rule, bench, drop, dict(patch.tensors), rows, samples or rows)
     walk(net, bench.program, inputs, visitor)
     return Outcome(Patch(visitor.tensors, frozenset(visitor.drop)), tuple(visitor.traces))
 
@@ -163,12 +163,13 @@ class _Visitor:
         bench: Bench,
         drop: set[int],
         tensors: dict[str, np.ndarray],
+        rows: int,
         samples: int,
     ) -> None:
         self.net, self.plan, self.rule, self.bench = net, plan, rule, bench
         self.drop, self.tensors = drop, tensors
         self.traces: list[Trace] = []
-        self.samples = samples
+        self.rows, self.samples = rows, samples
         self.chosen = [0] * (1 + len(rule.others))
         self.decides: dict[str, list[int]] = {}
         for at in plan.channels:
@@ -211,6 +212,7 @@ class _Visitor:
             beside,
             stop.geometry,
             bias=with_bias,
+            rows=self.rows,
             samples=self.samples,
             folds=FOLDS if rule.others and not stop.agree else 1,
         )
@@ -220,7 +222,7 @@ class _Visitor:
         columns = torch.tensor(layer.columns, device=teacher.device)
         if with_bias:
             columns = torch.cat([columns, columns.new_full((1,), -1)])
-        judge = objective(regression(), moments, teacher)
+        judge = whole.quadratic((regression(), 0.0), teacher, bias=with_bias)
         candidates = ((rule.connection, rule.ridge), *rule.others)
         matrix, mask = self._settle(layer, whole.quadratic(candidates[0], teacher, bias=with_bias), teacher, columns)
         alive = self._alive(columns)
@@ -230,7 +232,7 @@ class _Visitor:
             matrix[..., alive] = refit(quadratic, mask[..., alive], teacher[..., alive])
         self.chosen[best] += 1
         weight, bias = from_matrix(matrix, stop.geometry, with_bias, tuple(stop.weight.shape))
-        energy = max(float(judge.const.sum()), 1e-30)
+        energy = max(float(((teacher @ moments.tt) * teacher).sum()), 1e-30)
         before, after = float(judge(teacher * mask)) / energy, float(judge(matrix)) / energy
         fitted = bias.to(stop.bias) if bias is not None and stop.bias is not None else stop.bias
         return (weight.to(stop.weight), fitted), max(before, 0.0), max(after, 0.0)

@@ -2,13 +2,14 @@
 
 What is zero stays zero and what is gone stays gone. Steps are few and samples fewer, so the loop is built not to do
 harm: every tensor moves at a rate relative to its own size, the rate is found by short trial runs, weights are averaged
-along the way, and what comes back is the best that a held-out part of the samples saw, the start included.
+along the way, and what comes back is the best that a held-out part of the samples, or of their views, saw, the
+start included.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,8 +32,12 @@ STEPS = {"fast": 300, "balanced": 600, "best": 1500, "paper": 2000}
 FEWEST_STEPS = 60
 # Of the samples, how many judge; they are not trained on.
 JUDGES = 0.1
+# Fewer say less than they are worth as training samples: views judge that training did not draw. Besides, an earlier
+# method has seen the judges, so a lone one speaks for the start whatever training brings.
+FEWEST_JUDGES = 5
+VIEWS_THAT_JUDGE = 128
 # Trial rates, relative to the size of each tensor, and the length of a trial.
-RATES = (0.003, 0.01, 0.03)
+RATES = (0.005, 0.01, 0.02)
 TRIAL_STEPS = 40
 # A larger rate is taken when its trial is not worse than the best by more than this share.
 _AS_GOOD = 1.02
@@ -122,7 +127,8 @@ def train(
     patch : Patch
         What was removed; its zeros and its drop are kept.
     shots : Shots
-        The samples that fit. A tenth of them, at least one, judge instead.
+        The samples that fit. A tenth of them judge instead; where that is fewer than `FEWEST_JUDGES`, all are trained
+        on and other views of them judge, which shows harm but not overfitting.
     loss : callable
     plan : Schedule
     bench : Bench
@@ -130,7 +136,7 @@ def train(
     Returns
     -------
     Outcome
-        Never worse than `patch` under `loss` on the held-out samples; `patch` itself where nothing was better.
+        Never worse than `patch` under `loss` on what judges; `patch` itself where nothing was better.
     """
     return _Run(net, patch, shots, loss, plan, bench, taps or find_taps(net, bench.program))()
 
@@ -143,18 +149,18 @@ class _Run:
     ) -> None:
         self.net, self.start, self.loss, self.plan, self.taps = net, patch, loss, plan, taps
         self.program, self.generator, self.log = bench.program, bench.generator, bench.log
+        self.seed = int(bench.generator.initial_seed()) % 2**63
         device = bench.program.device
         self.inputs = {name: torch.tensor(array, device=device) for name, array in shots.inputs.items()}
         self.labels = None if shots.labels is None else torch.tensor(shots.labels, device=device)
         port = net.interface.inputs[0]
-        single = len(self.inputs) == 1 and self.inputs[port.name].is_floating_point()
-        self.axes = image_axes(self.inputs[port.name].shape) if single else None
+        self.axes = image_axes(self.inputs[port.name].shape) if len(self.inputs) == 1 else None
         order = torch.randperm(len(shots), generator=self.generator)
-        judges = max(1, round(JUDGES * len(shots))) if len(shots) > net.batch else 0
-        judges = -(-judges // net.batch) * net.batch
-        self.judges, self.fits = order[:judges], order[judges:]
-        if not len(self.fits):
-            self.judges, self.fits = order, order
+        judges = -(-max(1, round(JUDGES * len(shots))) // net.batch) * net.batch
+        blends = plan.mix and all(x.is_floating_point() for x in self.inputs.values())
+        views = judges < FEWEST_JUDGES and (blends or self.axes is not None)
+        whole = views or judges >= len(shots)
+        self.judges, self.fits = (order, order) if whole else (order[:judges], order[judges:])
         sample = {name: x[: net.batch] for name, x in self.inputs.items()}
         self.teacher = teacher_weights(net, device)
         self.student = open_student(net, patch, bench.program, taps, sample)
@@ -163,6 +169,8 @@ class _Run:
         if self.most < plan.batch:
             # Row by row there is nothing to gain from a large batch, and a step would take as many runs.
             self.plan = replace(plan, batch=max(1, SMALL_BATCH // self.most) * self.most)
+        self.judged_by = "unseen views," if views else "held-out"
+        self.exam = list(self._views() if views else self._held_out())
 
     def _rows_at_once(self, sample: Mapping[str, Tensor]) -> int:
         """Return how many rows a run may have: any number, unless the graph was exported for one batch size alone."""
@@ -199,7 +207,7 @@ class _Run:
             least = min(found.values())
             rate = max(c for c, error in found.items() if error <= least * _AS_GOOD)
         made, error = self._descend(begin, rate, self.plan.steps, checks=_CHECKS)
-        text = f"held-out loss {before:.4f} -> {error:.4f} at rate {rate:g}"
+        text = f"{self.judged_by} loss {before:.4f} -> {error:.4f} at rate {rate:g}"
         if not error < before:
             self.log(Event("tune", f"tuning did not help ({text}): left as it was.", level="warning"))
             return Outcome(self.start)
@@ -212,7 +220,7 @@ class _Run:
         self, begin: Mapping[str, Tensor], rate: float, steps: int, checks: int = 0
     ) -> tuple[dict[str, Tensor], float]:
         """Run Adam from `begin` with a warm-up and a cosine; return the best average of weights and its error."""
-        generator = torch.Generator().manual_seed(int(self.generator.initial_seed()) % 2**63)
+        generator = torch.Generator().manual_seed(self.seed)
         weights = {name: begin[name].clone().requires_grad_() for name in self.names}
         average = {name: begin[name].clone() for name in self.names}
         best, least = dict(average), self._judge(average) if checks else math.inf
@@ -256,7 +264,7 @@ class _Run:
         if self.axes is not None:
             inputs = {name: moved(x, self.axes, generator) for name, x in inputs.items()}
         if self.plan.mix:
-            return mixed(inputs, generator), None
+            return mixed(inputs, generator, self.axes), None
         return inputs, None if self.labels is None else self.labels[rows]
 
     def _loss(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
@@ -277,19 +285,29 @@ class _Run:
         fast = torch.cuda.is_bf16_supported() if kind == "cuda" else _cpu_has_bfloat16()
         return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
-    @torch.no_grad()
-    def _judge(self, weights: Mapping[str, Tensor]) -> float:
-        """Return the mean loss on the held-out samples and, for images, their mirror images."""
-        losses, sizes = [], []
+    def _held_out(self) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+        """Yield what judges: samples that are not trained on and, for images, their mirror images."""
         for rows in torch.split(self.judges, self.most):
             inputs = {name: x[rows.to(x.device)] for name, x in self.inputs.items()}
             labels = None if self.labels is None else self.labels[rows.to(self.program.device)]
-            views = [inputs]
+            yield inputs, labels
             if self.axes is not None:
-                views.append({name: x.flip(self.axes[1]) for name, x in inputs.items()})
-            for view in views:
-                losses.append(float(self._loss(weights, view, labels)))
-                sizes.append(len(rows))
+                yield {name: x.flip(self.axes[1]) for name, x in inputs.items()}, labels
+
+    def _views(self) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+        """Yield what judges where samples are few: views of them, drawn apart from those that train."""
+        generator = torch.Generator().manual_seed((self.seed + 1) % 2**63)
+        for _ in range(-(-VIEWS_THAT_JUDGE // self.plan.batch)):
+            inputs, labels = self._batch(generator)
+            for rows in torch.split(torch.arange(self.plan.batch), self.most):
+                part = {name: x[rows.to(x.device)] for name, x in inputs.items()}
+                yield part, None if labels is None else labels[rows.to(labels.device)]
+
+    @torch.no_grad()
+    def _judge(self, weights: Mapping[str, Tensor]) -> float:
+        """Return the mean loss over what judges; infinite where it is not a number."""
+        losses = [float(self._loss(weights, inputs, labels)) for inputs, labels in self.exam]
+        sizes = [len(next(iter(inputs.values()))) for inputs, _ in self.exam]
         found = float(np.average(losses, weights=sizes))
         return found if math.isfinite(found) else math.inf
 
