@@ -364,7 +364,9 @@ class InOnnxruntime(nn.Module):
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Run the node on the CPU and bring the answers back."""
-        arrays = [value.detach().cpu().numpy() for value in values]
+        # Training computes in bfloat16, which neither numpy nor most kernels of onnxruntime know.
+        exact = [value.float() if value.dtype == torch.bfloat16 else value for value in values]
+        arrays = [value.detach().cpu().numpy() for value in exact]
         key = tuple((array.dtype.str, _known_shape(array)) for array in arrays)
         if key not in self._opened:
             self._opened[key] = self._open(arrays)

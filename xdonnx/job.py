@@ -268,7 +268,7 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True) -> Prepared:
         Of the kind whose exit code fits.
     """
     budget = job.budget()
-    job.methods()
+    methods = job.methods()
     job.measured()
     if writes:
         check_student(job.out, job.model, force=job.force, external=job.external_data)
@@ -290,6 +290,12 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True) -> Prepared:
             many = len(held_out) - len(judging)
             log(Event("shots", f"{many} held-out samples are also among those that fit: left out.", level="warning"))
         held_out = judging
+    for method in methods:
+        if getattr(method, "labelled", False) and fit.labels is None:
+            raise ShotsError(
+                "a method of this job learns from labels, and the samples have none.\n"
+                "  Pass --labels FILE, or folders named by class; --method cross --method tune needs no labels."
+            )
     # Reading the shots has warned of the first five by name.
     for name in whole.skipped[5:]:
         log(Event("shots", f"left out, unreadable: {name}", level="warning"))

@@ -125,12 +125,15 @@ class Student:
         {initializer: bool tensor} for weights that hold zeros: what is zero stays zero.
     picks : dict
         {value: (axis, indices)}: which of the teacher's channels the student still has.
+    whole : bool, default=False
+        Whether the program still computes the channels that are gone, for nobody to read.
     """
 
     program: Program
     weights: dict[str, Tensor]
     masks: dict[str, Tensor]
     picks: Mapping[str, tuple[int, Tensor]]
+    whole: bool = False
 
     def of_teacher(self, name: str, value: Tensor) -> Tensor:
         """Return the part of a teacher's value that the student has too."""
@@ -138,6 +141,10 @@ class Student:
             return value
         axis, indices = self.picks[name]
         return value.index_select(axis, indices)
+
+    def of_student(self, name: str, value: Tensor) -> Tensor:
+        """Return a value that the program computed without the channels that are gone."""
+        return self.of_teacher(name, value) if self.whole else value
 
     def patch(self, net: Net, patch: Patch) -> Patch:
         """Return the patch with the weights as they are now, in the teacher's shapes."""
@@ -175,14 +182,14 @@ def open_student(net: Net, patch: Patch, program: Program, taps: Taps, sample: M
         return whole
     small = _small(net, patch, program, picks)
     if small is None:
-        return Student(whole.program, whole.weights, whole.masks, picks)
+        return Student(whole.program, whole.weights, whole.masks, picks, whole=True)
     with torch.no_grad():
         ours = execute(small.program, sample, small.weights, taps.all)
         theirs = execute(whole.program, sample, whole.weights, taps.all)
     for name, a, b in zip(taps.all, ours, theirs, strict=True):
         b = small.of_teacher(name, b)
         if a.shape != b.shape or not float((a - b).norm()) <= _SAME * float(b.norm().clamp(min=1e-6)):
-            return Student(whole.program, whole.weights, whole.masks, picks)
+            return Student(whole.program, whole.weights, whole.masks, picks, whole=True)
     return small
 
 

@@ -44,6 +44,9 @@ class BP:
     effort: str = "balanced"
     steps: int | None = None
 
+    # It learns from labels.
+    labelled = True
+
     def __post_init__(self) -> None:
         check_schedule(self.effort, self.steps)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from xdonnx.augment import image_axes, mixed, moved
-from xdonnx.errors import JobError, did_you_mean
+from xdonnx.errors import JobError, ModelError, did_you_mean
 from xdonnx.events import Event
 from xdonnx.graph import Net
 from xdonnx.methods.layerwise import Bench, Outcome
@@ -27,8 +27,8 @@ from xdonnx.shots import Shots
 from xdonnx.student import Taps, execute, find_taps, open_student, teacher_weights
 
 # Multiply-accumulates of one training run, and the steps that it may have. 10^13 take about a minute on two cores.
-WORK = {"fast": 0.6e13, "balanced": 2e13, "best": 6e13, "paper": 6e13}
-STEPS = {"fast": 300, "balanced": 600, "best": 1500, "paper": 2000}
+WORK = {"fast": 0.5e13, "balanced": 1.5e13, "best": 4e13, "paper": 8e13}
+STEPS = {"fast": 200, "balanced": 400, "best": 1000, "paper": 2000}
 FEWEST_STEPS = 60
 # Of the samples, how many judge; they are not trained on.
 JUDGES = 0.1
@@ -182,7 +182,7 @@ class _Run:
             with torch.no_grad():
                 once = execute(self.program, sample, self.teacher, self.taps.all)
                 both = execute(self.program, twice, self.teacher, self.taps.all)
-        except RuntimeError:
+        except (RuntimeError, ModelError):
             return self.net.batch
         same = all(
             b.shape[0] == 2 * a.shape[0] and torch.allclose(torch.cat([a, a]), b, rtol=1e-3, atol=1e-4)
@@ -274,7 +274,8 @@ class _Run:
         with self._precision():
             made = execute(self.student.program, inputs, weights, wanted)
         teacher = {name: self.student.of_teacher(name, value).float() for name, value in zip(wanted, seen, strict=True)}
-        return self.loss(Batch(teacher, {n: v.float() for n, v in zip(wanted, made, strict=True)}, labels))
+        student = {name: self.student.of_student(name, value).float() for name, value in zip(wanted, made, strict=True)}
+        return self.loss(Batch(teacher, student, labels))
 
     def _precision(self) -> Any:
         """Return the context in which networks run: bfloat16 where the processor multiplies it, float32 elsewhere.
