@@ -101,7 +101,7 @@ def schedule(net: Net, effort: str, steps: int | None, *, mix: bool) -> Schedule
     """
     check_schedule(effort, steps)
     macs = max(1, sum(layer.macs for layer in net.layers.values()))
-    batch = 64 if macs < 2e8 else 32 if macs < 1e9 else 16
+    batch = 32 if macs < 1e9 else 16
     batch = max(batch // net.batch, 1) * net.batch
     # Forward and backward through the student, forward through the teacher.
     affordable = WORK[effort] / (4 * macs * batch)
@@ -269,6 +269,9 @@ class _Run:
 
     def _loss(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
         wanted = self.taps.all
+        # Convolutions run a fifth faster so, in both directions.
+        last = torch.channels_last
+        inputs = {name: x.contiguous(memory_format=last) if x.ndim == 4 else x for name, x in inputs.items()}
         with torch.no_grad(), self._precision():
             seen = execute(self.program, inputs, self.teacher, wanted)
         with self._precision():
