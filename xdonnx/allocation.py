@@ -99,7 +99,7 @@ def measure_curves(
         columns = torch.tensor(stop.layer.columns, device=teacher.device)
         columns = torch.cat([columns, columns.new_full((int(bias),), -1)])
         # The inputs are in the moments now, and need not wait for the group's last reader.
-        stop = replace(stop, teacher=[], student=[])
+        stop = replace(stop, teacher=[], student=[], beside=None)
         for at in mine:
             readers[at].append(_Reader(stop, quadratic, teacher, energy, units(columns, net.groups[at].ids), bias))
             if last[at] == stop.layer.name:

@@ -1,7 +1,7 @@
 """Connection and ridge of a layer, chosen on samples that its fit did not see.
 
-Moments add up, so those of all folds but one cost nothing beyond the folds themselves, and a candidate's held-out error
-is a few products of matrices: no sample is run twice. The support is the same for all candidates, and what is compared
+Moments add up, so those of all folds but one need no further pass over the samples, and a candidate's held-out error is
+a refit and a few products of matrices. The support is the same for all candidates, and what is compared
 is the refit. A caveat: layers further up were fitted on all samples, so the student's inputs of a held-out fold are a
 little better than those of an unseen sample; hence `lean`, the advantage that a candidate needs over the first one.
 """

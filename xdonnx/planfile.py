@@ -172,7 +172,7 @@ def read_planfile(path: str | Path) -> PlanFile:
     """
     path = Path(path)
     try:
-        found = tomllib.loads(path.read_bytes().decode("utf-8"))
+        found = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise JobError(f"no plan at '{path}'.\n  Make one: xdonnx plan MODEL --shots PATH -o {path.name}") from error
     except OSError as error:

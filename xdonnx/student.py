@@ -23,6 +23,8 @@ from xdonnx.patch import Patch, cut, kept
 MOST_STAGES = 5
 # What only turns scores into shares: the scores themselves say more.
 _SQUASHES = frozenset({"Softmax", "LogSoftmax", "Identity"})
+# What these choose differs as soon as their inputs do, so nothing after them compares element by element.
+_PICKS = frozenset({"NonMaxSuppression", "NonZero", "Unique", "Compress", "TopK"})
 # Cut and masked student may differ by this share of a value's norm before the masked one is preferred.
 _SAME = 1e-3
 
@@ -36,7 +38,7 @@ class Taps:
     stages : tuple of str
         The last value of each spatial size, in graph order: the ends of stages, and what global pooling reads.
     answers : tuple of str
-        The graph's floating outputs, before a final softmax.
+        The graph's floating outputs, before a final softmax; where a graph picks among boxes, what it picks from.
     """
 
     stages: tuple[str, ...]
@@ -56,22 +58,29 @@ def find_taps(net: Net, program: Program) -> Taps:
     """
     makers = {name: step for step in program.steps for name in step.outputs}
     moved: set[str] = set()  # what the student's weights can change
+    picked: set[str] = set()  # what depends on a choice
+    answers: list[str] = []
     last: dict[tuple[int, ...], str] = {}
     for step in program.steps:
         if step.layer is None and not moved.intersection(step.inputs):
             continue
         moved.update(step.outputs)
+        if step.op in _PICKS:
+            answers += [name for name in step.inputs if name in moved - picked]
+        if step.op in _PICKS or picked.intersection(step.inputs):
+            picked.update(step.outputs)
+            continue
         shape = net.shapes.get(step.name, ())
         if len(shape) >= 3 and max(shape[2:]) > 1:
             last.pop(shape[2:], None)
             last[shape[2:]] = step.name
-    answers = []
     for port in net.interface.outputs:
         name = port.name
         while name in makers and makers[name].op in _SQUASHES and makers[name].inputs[0] in moved:
             name = makers[name].inputs[0]
-        if name in moved and "float" in port.dtype:
+        if name in moved - picked and "float" in port.dtype:
             answers.append(name)
+    answers = list(dict.fromkeys(answers))
     stages = [name for name in last.values() if name not in answers]
     return Taps(tuple(stages[-MOST_STAGES:]), tuple(answers))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -47,8 +48,17 @@ class Stop:
         return all(a is b for a, b in zip(self.teacher, self.student, strict=True))
 
 
+# What one value of all rows may take: a walk holds a few of them, for two networks.
+MOST_BYTES = 1 << 28
+
 Weights = tuple[Tensor, Tensor | None]
 Visit = Callable[[Stop], Weights | None]
+
+
+def affordable(net: Net, rows: int) -> int:
+    """Return how many rows a walk may be shown, at most `rows`: so many that no value of them passes `MOST_BYTES`."""
+    largest = max((prod(shape[1:]) for shape in net.shapes.values()), default=1)
+    return min(rows, MOST_BYTES // (4 * max(1, largest)))
 
 
 def chunked(net: Net, inputs: Mapping[str, np.ndarray], most: int = 64) -> list[dict[str, np.ndarray]]:

@@ -55,6 +55,19 @@ g (float[N,3,8,8] image, float[12,3,3,3] w1, float[12] b1, float[12,12,3,3] w2, 
   shares = Softmax <axis = 1> (scores)
   winner = ArgMax <axis = 1, keepdims = 0> (scores)
 }"""
+LONG = """
+g (float[N,4,8,8] image, float[8,4,3,3] w1, float[8] b1, float[8,8,3,3] w2, float[8] b2, float[8,8,3,3] w3,
+   float[8] b3, float[8,8,3,3] w4, float[8] b4, float[8,8,3,3] w5, float[8] b5) => (float[N,8,8,8] out) {
+  c1 = Conv <pads = [1,1,1,1]> (image, w1, b1)
+  r1 = Relu (c1)
+  c2 = Conv <pads = [1,1,1,1]> (r1, w2, b2)
+  r2 = Relu (c2)
+  c3 = Conv <pads = [1,1,1,1]> (r2, w3, b3)
+  r3 = Relu (c3)
+  c4 = Conv <pads = [1,1,1,1]> (r3, w4, b4)
+  r4 = Relu (c4)
+  out = Conv <pads = [1,1,1,1]> (r4, w5, b5)
+}"""
 # Four channels are no image: samples come to the loss as they are.
 NUMBERED = """
 g (float[N,4,6,6] image, float[8,4,3,3] w1, float[8] b1, float[6,8,3,3] w2, float[6] b2) => (float[N,6,6,6] out) {

@@ -117,7 +117,7 @@ def test_bp_reports_the_cross_entropy_of_its_judges() -> None:
 
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).numpy()
     judges = shots.take(order[: round(training.JUDGES * 40)])
-    assert f"held-out loss {cross_entropy(net, patch, judges):.4f} ->" in events[-1].text
+    assert f"held-out loss {cross_entropy(net, patch, judges):.4g} ->" in events[-1].text
 
 
 def test_bp_removes_nothing_more_after_another_method() -> None:
@@ -257,7 +257,7 @@ def test_fitnet_first_learns_the_middle_and_then_the_answers(monkeypatch: pytest
 
 def test_fitnet_reports_the_divergence_of_its_judges_after_the_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     net, events = classifier(), []
-    shots = shots_of(net, 60, labels=False)
+    shots = shots_of(net, 60)
     _, hinted, _ = staged(net, shots, monkeypatch, log=events.append)
 
     generator = torch.Generator().manual_seed(0)
@@ -266,7 +266,7 @@ def test_fitnet_reports_the_divergence_of_its_judges_after_the_hint(monkeypatch:
 
     texts = [event.text for event in events if event.stage == "tune" and event.text]
     assert len(texts) == 2
-    assert f"loss {divergence(net, hinted, judges):.4f} ->" in texts[1]
+    assert f"loss {divergence(net, hinted, judges):.4g} ->" in texts[1]
 
 
 def test_fitnet_spends_half_the_steps_on_each_stage() -> None:
@@ -278,14 +278,27 @@ def test_fitnet_spends_half_the_steps_on_each_stage() -> None:
     assert [(event.done, event.total) for event in ticks] == [(at, 10) for at in range(1, 11)] * 2
 
 
-def test_fitnet_needs_no_labels_and_reads_none() -> None:
+def test_fitnet_reads_no_labels() -> None:
+    """That there are any says that answers are scores; which ones there are says nothing."""
     net = classifier()
+    shots = shots_of(net)
+    others = Shots(shots.inputs, shots.labels[::-1].copy(), shots.ids)
 
-    bare, labelled = (applied(FitNet(steps=10), net, shots_of(net, labels=given)).patch for given in (False, True))
+    first, second = (applied(FitNet(steps=10), net, given).patch for given in (shots, others))
 
-    assert bare.tensors.keys() == labelled.tensors.keys()
-    for name, array in bare.tensors.items():
-        np.testing.assert_array_equal(labelled.tensors[name], array)
+    assert first.tensors.keys() == second.tensors.keys()
+    for name, array in first.tensors.items():
+        np.testing.assert_array_equal(second.tensors[name], array)
+
+
+def test_fitnet_moves_answers_that_are_no_scores_to_those_of_the_teacher() -> None:
+    """Softened, answers that are all too large by the same would be right."""
+    net = classifier()
+    patch = Patch({"b4": net.array("b4") + 3})
+
+    made = applied(FitNet(steps=120), net, shots_of(net, 60, labels=False), patch).patch
+
+    assert gap(net, made, shots_of(net, 60), "answers") < 0.5 * gap(net, patch, shots_of(net, 60), "answers")
 
 
 def test_fitnet_removes_nothing_more_after_another_method() -> None:

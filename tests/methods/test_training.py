@@ -53,7 +53,7 @@ def test_the_very_patch_comes_back_where_nothing_is_left_to_win() -> None:
     made = trained(net, patch, log=events.append)
 
     assert made is patch
-    assert any(event.level == "warning" and "did not help" in event.text for event in events)
+    assert not [event.text for event in events if event.text]  # nor is anybody bothered
 
 
 @pytest.mark.parametrize("constant", [0.0, 2.5, float("nan"), float("inf")])
@@ -242,13 +242,14 @@ def test_labels_never_come_with_mixed_samples(name: str) -> None:
 def test_mixtures_are_shown_to_both_networks() -> None:
     net, spy = net_of(NUMBERED), Spy()
 
-    trained(net, Patch(), shots_of(net), spy, taps=SEEN, mix=True, steps=3)
+    trained(net, Patch({"w1": 1.001 * net.array("w1")}), shots_of(net), spy, taps=SEEN, mix=True, steps=3)
 
     originals = shots_of(net).inputs["image"]
     seen = torch.cat([batch.teacher["image"] for batch in spy.training]).numpy()
     distance = np.abs(seen[:, None] - originals[None]).max((2, 3, 4)).min(1)
     assert (distance > 1e-3).any()
-    torch.testing.assert_close(spy.training[0].student["out"], spy.training[0].teacher["out"])
+    first = spy.training[0]
+    torch.testing.assert_close(first.student["out"], first.teacher["out"], rtol=0.01, atol=0.01)
 
 
 def test_the_teachers_channels_that_the_student_lost_are_not_compared() -> None:

@@ -17,13 +17,15 @@ from dataclasses import dataclass, replace
 
 from xdonnx.augment import VIEWS, widened
 from xdonnx.budget import Plan
-from xdonnx.connection import Connection, named, regression, soft
+from xdonnx.connection import Connection, cross, named, regression, soft
 from xdonnx.errors import JobError, did_you_mean
+from xdonnx.events import Event
 from xdonnx.graph import Net
 from xdonnx.methods.layerwise import FOLDS, Bench, Outcome, Rule, layerwise
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots
 from xdonnx.solve import ADMM, PGD, SOLVERS, Greedy, Solver
+from xdonnx.walk import affordable
 
 # What 'auto' may refit a layer with instead, where folds of the samples say so.
 ALTERNATIVES = ((soft(1.0, 0.5), 0.01), (regression(), 0.01), (soft(0.9, 0.5), 0.1))
@@ -78,7 +80,14 @@ class Cross:
             raise JobError(f"unknown solver '{self.solver}'.{near}\n  Solvers: auto, {', '.join(SOLVERS)}.")
         if self.views is not None and self.views < 0:
             raise JobError(f"--views is {self.views}.\n  It is a number of rows, such as 128; 0 makes no views.")
-        if self.connection != "auto":
+        if self.ridge is not None and not 0 <= self.ridge < float("inf"):
+            raise JobError(
+                f"--ridge is {self.ridge}.\n  It is a fraction of the mean curvature: 0 or more, such as 0.01."
+            )
+        if self.connection == "auto":
+            soft(_or(self.alpha, 0.9), _or(self.beta, 0.5))
+            cross(_or(self.mu, 0.5))
+        else:
             named(self.connection, mu=_or(self.mu, 0.5), alpha=_or(self.alpha, 0.9), beta=_or(self.beta, 0.5))
 
     def __call__(self, net: Net, patch: Patch, shots: Shots, plan: Plan, bench: Bench) -> Outcome:
@@ -91,7 +100,10 @@ class Cross:
         open_choice = self.connection == "auto" and self.alpha is None and self.beta is None and self.ridge is None
         others = ALTERNATIVES if open_choice and self.effort in ("balanced", "best") else ()
         rows = self.views if self.views is not None else 0 if paper else VIEWS
-        inputs = widened(shots.inputs, rows, bench.generator, FOLDS)
+        inputs = widened(shots.inputs, affordable(net, rows), bench.generator, FOLDS)
+        if self.views and 2 * len(shots) <= self.views and len(next(iter(inputs.values()))) == len(shots):
+            text = "no views were made: the samples are no images, or views of them would not fit into memory."
+            bench.log(Event("fit", text, level="warning"))
         return layerwise(net, patch, inputs, plan, replace(rule, others=others), bench, len(shots))
 
     def check(self, structure: str) -> None:

@@ -33,6 +33,8 @@ TEMPERATURE = 4.0
 class FitNet:
     """Magnitude pruning, then hints and softened answers.
 
+    Answers are softened where they are scores of classes: samples have labels, or the graph ends in a softmax.
+
     Parameters
     ----------
     effort : {'fast', 'balanced', 'best', 'paper'}, default='balanced'
@@ -62,7 +64,8 @@ class FitNet:
         half = type(whole)(max(1, whole.steps // 2), whole.batch, False, whole.rates)
         for stage in (Taps(taps.stages[(len(taps.stages) - 1) // 2 :][:1], ()), Taps((), taps.answers)):
             if stage.all:
-                loss = _hint if stage.stages else _softened
+                classes = shots.labels is not None or not set(taps.answers) & {p.name for p in net.interface.outputs}
+                loss = _hint if stage.stages or not classes else _softened
                 patch = train(net, patch, shots, loss, half, bench, stage).patch
         return Outcome(patch)
 

@@ -30,6 +30,8 @@ from xdonnx.walk import Stop, Weights, chunked, walk
 
 # A layer with more columns than this is fitted from its columns: the moments and their factors would take over 2 GB.
 WIDEST = 6000
+# With more columns than this the dozen refits that folds ask for cost more than they bring.
+WIDEST_FOLDED = 2500
 # Parts that the samples are cut into to choose a layer's connection and ridge, and the advantage that a change needs.
 FOLDS, LEAN = 3, 0.05
 # Entries of the columns that are then held at once.
@@ -170,7 +172,6 @@ class _Visitor:
         self.drop, self.tensors = drop, tensors
         self.traces: list[Trace] = []
         self.rows, self.samples = rows, samples
-        self.chosen = [0] * (1 + len(rule.others))
         self.decides: dict[str, list[int]] = {}
         for at in plan.channels:
             readers = net.groups[at].readers
@@ -189,8 +190,20 @@ class _Visitor:
             self.tensors[layer.weight] = stored(layer, weights[0]).cpu().numpy()
             if layer.bias is not None and weights[1] is not None:
                 self.tensors[layer.bias] = weights[1].cpu().numpy()
+        elif layer.weight in self.tensors or layer.bias in self.tensors:
+            weights = self._fitted(stop)
         self.traces.append(Trace(layer.name, before, after, time.perf_counter() - began))
         return weights
+
+    def _fitted(self, stop: Stop) -> Weights:
+        """Return the weights that an earlier method gave a layer which this one leaves alone."""
+        layer, found = stop.layer, [stop.weight, stop.bias]
+        for at, name in enumerate((layer.weight, layer.bias)):
+            if name in self.tensors:
+                tensor = torch.tensor(self.tensors[name]).to(stop.weight)
+                found[at] = tensor if at else stored(layer, tensor)
+        assert found[0] is not None
+        return found[0], found[1]
 
     def _open(self, stop: Stop) -> bool:
         layer = stop.layer
@@ -214,7 +227,7 @@ class _Visitor:
             bias=with_bias,
             rows=self.rows,
             samples=self.samples,
-            folds=FOLDS if rule.others and not stop.agree else 1,
+            folds=FOLDS if rule.others and not stop.agree and len(layer.columns) <= WIDEST_FOLDED else 1,
         )
         whole = total(folds)
         moments = whole.moments
@@ -230,7 +243,6 @@ class _Visitor:
         if best:
             quadratic = restricted(whole.quadratic(candidates[best], teacher, bias=with_bias), alive)
             matrix[..., alive] = refit(quadratic, mask[..., alive], teacher[..., alive])
-        self.chosen[best] += 1
         weight, bias = from_matrix(matrix, stop.geometry, with_bias, tuple(stop.weight.shape))
         energy = max(float(((teacher @ moments.tt) * teacher).sum()), 1e-30)
         before, after = float(judge(teacher * mask)) / energy, float(judge(matrix)) / energy

@@ -9,6 +9,7 @@ start included.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -138,7 +139,12 @@ def train(
     Outcome
         Never worse than `patch` under `loss` on what judges; `patch` itself where nothing was better.
     """
-    return _Run(net, patch, shots, loss, plan, bench, taps or find_taps(net, bench.program))()
+    taps = taps or find_taps(net, bench.program)
+    if not taps.all:
+        text = "no value of floating point can be compared: nothing was trained."
+        bench.log(Event("tune", text, level="warning"))
+        return Outcome(patch)
+    return _Run(net, patch, shots, loss, plan, bench, taps)()
 
 
 class _Run:
@@ -164,12 +170,15 @@ class _Run:
         sample = {name: x[: net.batch] for name, x in self.inputs.items()}
         self.teacher = teacher_weights(net, device)
         self.student = open_student(net, patch, bench.program, taps, sample)
-        self.names = sorted(self.student.weights)
+        # A weight that a node besides its layers reads would move there too, in the file but not here.
+        reads = Counter(name for node in net.source.graph.node for name in node.input)
+        reads.subtract(name for layer in net.layers.values() for name in (layer.weight, layer.bias) if name)
+        self.names = sorted(name for name in self.student.weights if reads[name] <= 0)
         self.most = self._rows_at_once(sample)
         if self.most < plan.batch:
             # Row by row there is nothing to gain from a large batch, and a step would take as many runs.
             self.plan = replace(plan, batch=max(1, SMALL_BATCH // self.most) * self.most)
-        self.judged_by = "unseen views," if views else "held-out"
+        self.judged_by = "unseen views," if views else "the training samples'" if whole else "held-out"
         self.exam = list(self._views() if views else self._held_out())
 
     def _rows_at_once(self, sample: Mapping[str, Tensor]) -> int:
@@ -192,8 +201,11 @@ class _Run:
 
     def __call__(self) -> Outcome:
         weights = self.student.weights
-        begin = {name: tensor.clone() for name, tensor in weights.items()}
+        # Adam's steps are lost in 16 bits, so weights move in 32 whatever the file holds.
+        begin = {name: tensor.float() for name, tensor in weights.items()}
         before = self._judge(begin)
+        if before == 0:
+            return Outcome(self.start)
         # Trials as long as the run itself would not pay.
         worth = len(self.plan.rates) > 1 and self.plan.steps > 2 * TRIAL_STEPS
         trials = len(self.plan.rates) * TRIAL_STEPS if worth else 0
@@ -207,7 +219,7 @@ class _Run:
             least = min(found.values())
             rate = max(c for c, error in found.items() if error <= least * _AS_GOOD)
         made, error = self._descend(begin, rate, self.plan.steps, checks=_CHECKS)
-        text = f"{self.judged_by} loss {before:.4f} -> {error:.4f} at rate {rate:g}"
+        text = f"{self.judged_by} loss {before:.4g} -> {error:.4g} at rate {rate:g}"
         if not error < before:
             self.log(Event("tune", f"tuning did not help ({text}): left as it was.", level="warning"))
             return Outcome(self.start)
@@ -221,8 +233,8 @@ class _Run:
     ) -> tuple[dict[str, Tensor], float]:
         """Run Adam from `begin` with a warm-up and a cosine; return the best average of weights and its error."""
         generator = torch.Generator().manual_seed(self.seed)
-        weights = {name: begin[name].clone().requires_grad_() for name in self.names}
-        average = {name: begin[name].clone() for name in self.names}
+        weights = {name: tensor.clone().requires_grad_(name in self.names) for name, tensor in begin.items()}
+        average = {name: tensor.clone() for name, tensor in begin.items()}
         best, least = dict(average), self._judge(average) if checks else math.inf
         sizes = {name: _size(begin[name]) for name in self.names}
         groups = [{"params": [weights[name]], "lr": 0.0, "name": name} for name in self.names]
@@ -245,8 +257,8 @@ class _Run:
                     grad.mul_(mask)
             optimizer.step()
             share = min(AVERAGE, (step + 1) / (step + 10))
-            for name, tensor in average.items():
-                tensor.lerp_(weights[name].detach(), 1 - share)
+            for name in self.names:
+                average[name].lerp_(weights[name].detach(), 1 - share)
             self.done += 1
             self.log(Event("tune", done=self.done, total=self.total))
             if checks and ((step + 1) % max(1, steps // checks) == 0 or step == steps - 1):
@@ -267,27 +279,31 @@ class _Run:
             return mixed(inputs, generator, self.axes), None
         return inputs, None if self.labels is None else self.labels[rows]
 
-    def _loss(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
+    def _loss(
+        self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], labels: Tensor | None, *, exact: bool = False
+    ) -> Tensor:
         wanted = self.taps.all
         # Convolutions run a fifth faster so, in both directions.
         last = torch.channels_last
         inputs = {name: x.contiguous(memory_format=last) if x.ndim == 4 else x for name, x in inputs.items()}
-        with torch.no_grad(), self._precision():
+        weights = {name: tensor.to(self.student.weights[name].dtype) for name, tensor in weights.items()}
+        with torch.no_grad(), self._precision(exact):
             seen = execute(self.program, inputs, self.teacher, wanted)
-        with self._precision():
+        with self._precision(exact):
             made = execute(self.student.program, inputs, weights, wanted)
         teacher = {name: self.student.of_teacher(name, value).float() for name, value in zip(wanted, seen, strict=True)}
         student = {name: self.student.of_student(name, value).float() for name, value in zip(wanted, made, strict=True)}
         return self.loss(Batch(teacher, student, labels))
 
-    def _precision(self) -> Any:
-        """Return the context in which networks run: bfloat16 where the processor multiplies it, float32 elsewhere.
+    def _precision(self, exact: bool) -> Any:
+        """Return the context in which networks run: bfloat16 where the processor multiplies it, else as the file says.
 
-        Weights, their average and the losses stay in float32.
+        Weights, their average and the losses stay in float32. So does judging: a good student errs less than
+        bfloat16 does.
         """
         kind = self.program.device.type
         fast = torch.cuda.is_bf16_supported() if kind == "cuda" else _cpu_has_bfloat16()
-        return torch.autocast(kind, torch.bfloat16, enabled=fast)
+        return torch.autocast(kind, torch.bfloat16, enabled=fast and not exact)
 
     def _held_out(self) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
         """Yield what judges: samples that are not trained on and, for images, their mirror images."""
@@ -310,7 +326,7 @@ class _Run:
     @torch.no_grad()
     def _judge(self, weights: Mapping[str, Tensor]) -> float:
         """Return the mean loss over what judges; infinite where it is not a number."""
-        losses = [float(self._loss(weights, inputs, labels)) for inputs, labels in self.exam]
+        losses = [float(self._loss(weights, inputs, labels, exact=True)) for inputs, labels in self.exam]
         sizes = [len(next(iter(inputs.values()))) for inputs, _ in self.exam]
         found = float(np.average(losses, weights=sizes))
         return found if math.isfinite(found) else math.inf
