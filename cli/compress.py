@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xdonnx.errors import JobError, MachineError
+from xdonnx.errors import MachineError
+from xdonnx_cli.configuration import Origins
 from xdonnx_cli.flags import PLAN, SWITCH, Data, Limits, Pixels, Recipe, Sizes, Talk, Target, output, running
 from xdonnx_cli.output import check_json, command_line, put_json, tables
 from xdonnx_cli.progress import told
@@ -49,15 +49,20 @@ def compress(
     limits: Limits,
     files: Files,
     talk: Talk,
+    origins: Origins,
     plan: Annotated[Path | None, PLAN] = None,
 ) -> int:
     """Make an ONNX CNN smaller and faster from a handful of samples, and check it in onnxruntime.
 
     OUT is written only if the student keeps every limit of the gate; otherwise it is kept as OUT with .rejected.onnx
-    and the exit code is 3. The report is written in both cases.
+    and the exit code is 3. The report is written in both cases. Three limits hold unasked: the file smaller, the
+    student not slower beyond the noise, weights removed. --warn-only smaller lifts the first, --max-latency-ratio 1.5
+    moves the second.
     """
     gate, wanted = limits.gate(), fields(data, pixels, sizes, target)
     check_json(talk.json)
+    from xdonnx.paths import report_folder
+
     folder = report_folder(files.out, files.report_dir)
     work = library()
     job: Job = work.Job(
@@ -73,48 +78,37 @@ def compress(
         seed=files.seed,
     )
     if files.dry_run:
-        return _dry_run(work, job, talk)
+        return _dry_run(work, job, origins, talk)
     with told(talk) as log:
         report: Report = work.run(job, log, command=command_line())
     return _finish(report, job, folder, talk)
 
 
-def report_folder(out: Path, given: Path | None) -> Path:
-    """Return where the report goes; raises JobError or MachineError where it cannot."""
-    folder = given or out.parent / f"{out.stem}.report"
-    if folder == out or (folder.exists() and not folder.is_dir()):
-        raise JobError(f"the report cannot go to '{folder}': that is a file.\n  Name a folder: --report-dir DIR.")
-    above = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    if not os.access(above, os.W_OK):
-        raise MachineError(f"cannot write the report into '{above}'.\n  Name another folder: --report-dir DIR.")
-    return folder
-
-
-def _dry_run(work: Any, job: Job, talk: Talk) -> int:
+def _dry_run(work: Any, job: Job, origins: Origins, talk: Talk) -> int:
     from xdonnx_cli.plan import as_dict, show_plan
 
     with told(talk) as log:
         ready = work.prepared(job, log, writes=False)
         if job.measured():
             ready = replace(ready, plan=work.planned(job, ready, work.opened(ready, log), log))
-    put_json(talk.json, json.dumps(as_dict(job, ready), indent=2))
+    put_json(talk.json, json.dumps(as_dict(job, ready, origins), indent=2))
     if not talk.quiet:
-        show_plan(tables(talk), job, ready)
+        show_plan(tables(talk), job, ready, origins)
     return 0
 
 
 def _finish(report: Report, job: Job, folder: Path, talk: Talk) -> int:
     """Keep the report and show it."""
-    from xdonnx.report import write_report
+    from xdonnx.publication import write_report
     from xdonnx_cli.show import show
 
     student = Path(report.files.student.path) if report.files.student else job.out
     try:
-        write_report(report, folder)
+        drawn = write_report(report, folder)
     except MachineError as error:
         raise MachineError(f"{error}\n  The student is whole, and {report.status}: '{student}'.") from error
     put_json(talk.json, report.model_dump_json(indent=2))
     beside = [path for path in (student.with_name(f"{student.name}.data"),) if path.is_file()]
-    written = [student, *beside, folder / "report.json", folder / "summary.md"]
+    written = [student, *beside, *drawn]
     show(tables(talk), report, written=written, quiet=talk.quiet)
     return report.exit_code

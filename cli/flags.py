@@ -86,7 +86,8 @@ def numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
 
 
 _SHOTS = (
-    "Samples: a folder of images (sub-folders are classes), .npz, .npy, or a text file of image paths. NAME=PATH, "
+    "Samples: a folder of images (sub-folders are classes) or of ONNX test_data_set_*, .npz, .npy, or a text file of "
+    "image paths. NAME=PATH, "
     "repeated, for several inputs."
 )
 _HOLDOUT = (
@@ -104,12 +105,17 @@ _ROUND = "Keep channels in multiples of N. auto, the default: of 8 or 4 where la
 _CONNECTION = "auto, soft, cross, correction, imitation or regression: which input each network reads."
 _ALLOCATION = (
     "auto, measured or uniform: whether layers lose by their error curves or all the same fraction. auto: measured "
-    "with --macs and --params, unless the effort is fast."
+    "with --macs and --params, unless the effort is fast or paper."
 )
 _STEPS = "Of --method tune, bp and fitnet. Default: by the effort and the size of the network."
 _VIEWS = "Bring few images to N rows by mirrored, shifted and mixed views; 0 makes none. Default: 128."
 _DROP = "Points of accuracy lost, at most; of agreement with the teacher where nothing is labelled."
 _SURE = "Judge the far end of the interval at this confidence, not the measured value: 95%."
+_WARN = (
+    "This gate only warns: max-drop, or of those that compress always judges smaller, not-slower, removed. Repeat for "
+    "others."
+)
+_STRICT = "Judge also what compress always does: the file smaller, not slower beyond the noise, weights removed."
 _JSON = "The report as JSON: - is stdout, and the tables go to stderr."
 
 
@@ -226,20 +232,22 @@ class Limits:
         float | None, limit("--max-latency-ratio", "X", "Median latency over the teacher's, at most.")
     ] = None
     confidence: Annotated[float | None, limit("--confidence", "P", _SURE, parser=fraction)] = None
-    warn_only: Annotated[
-        list[str] | None, limit("--warn-only", "GATE", "This gate only warns, as max-drop. Repeat for others.")
-    ] = None
+    warn_only: Annotated[list[str] | None, limit("--warn-only", "GATE", _WARN)] = None
 
     @property
     def given(self) -> bool:
         """Whether any of them was given."""
         return any(getattr(self, field.name) is not None for field in fields(self))
 
-    def gate(self) -> Gate:
+    def gate(self, *, strict: bool = False) -> Gate:
         """Return them as the library takes them; raises JobError for limits that are none."""
         from xdonnx.gate import Gate
 
-        return Gate(**{**vars(self), "warn_only": tuple(name.replace("-", "_") for name in self.warn_only or ())})
+        names = tuple(name.replace("-", "_") for name in self.warn_only or ())
+        return Gate(**{**vars(self), "warn_only": names}, strict=strict)
+
+
+STRICT = Annotated[bool, limit("--strict", SWITCH, _STRICT)]
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import Parameter, Signature, cleandoc, signature
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer import Option
+
+from xdonnx_cli.configuration import CONFIGURED, Origins, configure, weighed
+from xdonnx_cli.flags import SWITCH, running
+from xdonnx_cli.options import flags_of, offered
+
+_CONFIG = "Flags from this file. Default: the nearest xdonnx.toml or [tool.xdonnx] of pyproject.toml. See xdonnx init."
+
+
+def _help(context: typer.Context, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        typer.echo(context.get_help(), color=context.color)
+        raise typer.Exit()
+
+
+# The one that typer adds by itself has a type in its help, as if it took a value.
+HELP = Annotated[
+    bool, Option("--help", "-h", metavar=SWITCH, is_eager=True, callback=_help, help="Show this message and exit.")
+]
+CONFIG = Annotated[
+    str | None, running("--config", "FILE|none", _CONFIG, is_eager=True, callback=configure, show_default=False)
+]
 
 
 def grouped(command: Callable[..., int]) -> Callable[..., int]:
     """Return the command as typer reads it: each parameter that is a dataclass becomes that dataclass's fields.
+
+    It gets a --help and, where it can be configured, a --config; a parameter annotated `Origins` is told where each
+    value comes from.
 
     Parameters
     ----------
@@ -19,8 +46,11 @@ def grouped(command: Callable[..., int]) -> Callable[..., int]:
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
     flags: list[Parameter] = []
+    told = [name for name, kind in hints.items() if kind == Origins]
     for parameter in signature(command).parameters.values():
         kind = hints[parameter.name]
+        if parameter.name in told:
+            continue
         if not is_dataclass(kind):
             flags.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=kind))
             continue
@@ -30,14 +60,30 @@ def grouped(command: Callable[..., int]) -> Callable[..., int]:
             Parameter(f.name, Parameter.KEYWORD_ONLY, default=_default(f), annotation=inner[f.name])
             for f in fields(kind)
         ]
+    added: dict[str, Any] = {"config": CONFIG} if command.__name__ in CONFIGURED else {}
+    added |= {"help": HELP}
+    flags += [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=False if name == "help" else None, annotation=kind)
+        for name, kind in added.items()
+    ]
+    given_context = any(kind is typer.Context for kind in hints.values())
+    if not given_context:
+        flags.insert(0, Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context))
 
     def flat(**given: Any) -> int:
-        made = {name: kind(**{f.name: given.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
-        return command(**given, **made)
+        context = given["context"] if given_context else given.pop("context")
+        plain = {name: value for name, value in given.items() if name not in added}
+        plain, origins = weighed(context, known, plain)
+        made = {name: kind(**{f.name: plain.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
+        return command(**plain, **made, **dict.fromkeys(told, origins))
 
     flat.__name__, flat.__doc__ = command.__name__, unwrapped(command.__doc__ or "")
     flat.__annotations__ = {flag.name: flag.annotation for flag in flags}
     flat.__signature__ = Signature(flags)  # type: ignore[attr-defined]
+    known = flags_of(flat)
+    for flag in flags:
+        if flag.name in known and (words := offered(known[flag.name])) is not None:
+            flag.annotation.__metadata__[0].autocompletion = words
     return flat
 
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xdonnx.errors import JobError, MachineError
-from xdonnx_cli.flags import SWITCH, Data, Limits, Pixels, Sizes, Talk, output, running
+from xdonnx.errors import JobError
+from xdonnx_cli.flags import STRICT, SWITCH, Data, Limits, Pixels, Sizes, Talk, output, running
 from xdonnx_cli.output import check_json, command_line, put_json, tables
 from xdonnx_cli.progress import told
 from xdonnx_cli.terminal import stdout
 
 if TYPE_CHECKING:
-    from xdonnx.events import Log
+    from xdonnx.events import Event, Log
     from xdonnx.images import Preprocess
     from xdonnx.model import Port
-    from xdonnx.shots import Shots
+    from xdonnx.shots import Shots, Unread
 
 
 def verify(
@@ -29,6 +29,7 @@ def verify(
     sizes: Sizes,
     limits: Limits,
     talk: Talk,
+    strict: STRICT = False,
     report_dir: Annotated[Path | None, output("--report-dir", "DIR", "Write a report. Default: none.")] = None,
     device: Annotated[str, running("--device", "NAME", "cpu or cuda:0.")] = "cpu",
     seed: Annotated[int, running("--seed", "N", "Of every draw.", min=0)] = 0,
@@ -38,21 +39,32 @@ def verify(
     The samples should be new to both. With --holdout F and the data flags and seed of a compress job, the very
     samples judge that judged there.
     """
-    gate, preprocess, shapes = limits.gate(), pixels.preprocess(), sizes.shapes()
+    gate, preprocess, shapes = limits.gate(strict=strict), pixels.preprocess(), sizes.shapes()
     check_json(talk.json)
+    from xdonnx.doctor import check_device
     from xdonnx.model import interface, read_proto, sized
-    from xdonnx.report import write_report
+    from xdonnx.preprocessing import check_samples
+    from xdonnx.publication import write_report
     from xdonnx.runtime import open_session
     from xdonnx.verification import verify as compare
     from xdonnx_cli.show import show
 
     if report_dir is not None and report_dir.exists() and not report_dir.is_dir():
         raise JobError(f"the report cannot go to '{report_dir}': that is a file.\n  Name a folder.")
-    _check_device(device)
-    ports = sized(interface(read_proto(teacher)).inputs, shapes)
-    open_session(teacher)
-    with told(talk) as log:
-        judges = _judges(data, preprocess, ports, seed, log)
+    check_device(device)
+    proto, session = read_proto(teacher), open_session(teacher)
+    ports = sized(interface(proto).inputs, shapes)
+    heard: list[str] = []
+    with told(talk) as tell:
+
+        def log(event: Event) -> None:
+            if event.level == "warning":
+                heard.append(event.text)
+            tell(event)
+
+        judges, found = _judges(data, preprocess, ports, seed, log)
+        if found is not None:
+            check_samples(proto, session, ports, found, preprocess, log)
         report = compare(
             teacher,
             student,
@@ -65,58 +77,55 @@ def verify(
             shots_path=", ".join(data.shots or ["synthetic"]),
             log=log,
         )
-    if report_dir is not None:
-        write_report(report, report_dir)
+    report = report.model_copy(update={"warnings": tuple(dict.fromkeys((*heard, *report.warnings)))})
+    written = [] if report_dir is None else write_report(report, report_dir)
     put_json(talk.json, report.model_dump_json(indent=2))
-    written = [] if report_dir is None else [report_dir / "report.json", report_dir / "summary.md"]
     show(tables(talk), report, written=written, quiet=talk.quiet)
     return report.exit_code
 
 
-def _check_device(device: str) -> None:
-    if device == "cpu":
-        return
-    name, _, number = device.partition(":")
-    if name != "cuda" or not (number.isdecimal() or not number):
-        raise JobError(f"unknown device '{device}'.\n  Devices: cpu, cuda:0.")
-    from xdonnx.doctor import usable
-
-    if not usable(device):
-        raise MachineError(f"onnxruntime cannot run on '{device}'.\n  See what is missing: xdonnx doctor")
-
-
-def _judges(data: Data, preprocess: Preprocess, ports: Sequence[Port], seed: int, log: Log) -> Shots:
-    """Return the samples that judge: all, those drawn, or those that a compress job would hold out."""
+def _judges(
+    data: Data, preprocess: Preprocess, ports: Sequence[Port], seed: int, log: Log
+) -> tuple[Shots, Unread | None]:
+    """Return the samples that judge: all, those drawn, or those a compress job would hold out; and where they lie."""
     import numpy as np
 
-    from xdonnx.shots import read_shots, split, synthetic
+    from xdonnx.draw import draw
+    from xdonnx.shots import list_shots, synthetic
 
     if data.synthetic_shots is not None:
         if data.shots:
             raise JobError("--shots and --synthetic-shots are both given.\n  Leave the random ones out.")
-        return synthetic(ports, data.synthetic_shots, np.random.default_rng(seed))
+        return synthetic(ports, data.synthetic_shots, np.random.default_rng(seed)), None
     if not data.shots:
         raise JobError("no samples.\n  Pass --shots PATH: a folder of images, an .npz or an .npy.")
     how: dict[str, Any] = {"skip_bad": data.skip_bad, "log": log}
-    whole = read_shots(data.shots, ports, preprocess, labels=data.labels, **how)
+    found = list_shots(data.shots, ports, preprocess, labels=data.labels, **how)
     held = data.held_out("0")
     try:
-        holdout: float | Shots = float(held)
+        fraction: float | None = float(held)
     except ValueError:
-        holdout = read_shots([held], ports, preprocess, **how)
-    return split(whole, per_class=data.per_class, max_shots=data.max_shots, holdout=holdout, seed=seed)[1]
+        fraction = None
+    rows = draw(found, per_class=data.per_class, max_shots=data.max_shots, holdout=fraction, seed=seed)[1]
+    if fraction is None:
+        found = list_shots([held], ports, preprocess, **how)
+        rows = np.arange(len(found))
+    return found.stream(rows), found
 
 
 def gate(
     report: Annotated[Path, typer.Argument(metavar="REPORT", help="A report.json, or its folder.", show_default=False)],
     limits: Limits,
+    strict: STRICT = False,
     json: Annotated[str | None, output("--json", "-|FILE", "The report as judged now.")] = None,
+    report_dir: Annotated[Path | None, output("--report-dir", "DIR", "Write the report as judged now.")] = None,
     quiet: Annotated[bool, running("--quiet", SWITCH, "The verdict only.", "-q")] = False,
     verbose: Annotated[bool, running("--verbose", SWITCH, "Tracebacks.", "-v")] = False,
 ) -> int:
     """Judge a saved report again by other limits; without any, say again what it says.
 
-    Limits that are not given are not judged.
+    Limits that are not given are not judged, but for what compress always asks: a smaller file, not slower, something
+    removed.
     """
     talk = Talk(json=json, quiet=quiet, verbose=verbose)
     check_json(json)
@@ -125,12 +134,17 @@ def gate(
     from xdonnx_cli.show import show
 
     saved = read_report(report)
-    if any(getattr(limits, name) is not None for name in GATES):
-        saved = rejudge(saved, limits.gate())
+    if strict or any(getattr(limits, name) is not None for name in GATES):
+        saved = rejudge(saved, limits.gate(strict=strict))
     elif limits.given:
         raise JobError(
             "--confidence and --warn-only say how limits are judged, and there is none.\n  Give --max-drop 1."
         )
+    written = []
+    if report_dir is not None:
+        from xdonnx.publication import write_report
+
+        written = write_report(saved, report_dir)
     put_json(json, saved.model_dump_json(indent=2))
-    show(tables(talk) if json == "-" else stdout(), saved, quiet=quiet)
+    show(tables(talk) if json == "-" else stdout(), saved, written=written, quiet=quiet)
     return saved.exit_code

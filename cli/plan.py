@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from xdonnx_cli.terminal import amount, heading, percent, plain_table, room, sho
 
 if TYPE_CHECKING:
     from xdonnx.job import Job, Prepared
+    from xdonnx_cli.configuration import Origins
 
 _SPLITS = {
     "file": "as the plan says",
@@ -54,10 +56,11 @@ def rows(ready: Prepared) -> Iterator[dict[str, Any]]:
         yield {"name": name, "kept": plan.structure, "units": None, "readers": []}
 
 
-def as_dict(job: Job, ready: Prepared) -> dict[str, Any]:
+def as_dict(job: Job, ready: Prepared, origins: Origins) -> dict[str, Any]:
     """Return all of it for --json."""
     return {
         "job": job.model_dump(mode="json", fallback=str),
+        "sources": {name: origin.to_dict() for name, origin in origins.items()},
         "device": ready.device,
         "fitting_samples": len(ready.fit),
         "judging_samples": len(ready.held_out),
@@ -67,20 +70,20 @@ def as_dict(job: Job, ready: Prepared) -> dict[str, Any]:
     }
 
 
-def show_plan(console: Console, job: Job, ready: Prepared) -> None:
-    """Print the job, the plan and what it comes to."""
-    found = as_dict(job, ready)
+def show_plan(console: Console, job: Job, ready: Prepared, origins: Origins) -> None:
+    """Print the job, where each part of it comes from, the plan and what it comes to."""
+    found = as_dict(job, ready, origins)
     console.print(Text("DRY RUN  nothing is written", "bold"))
     heading(console, "Job")
-    table = plain_table("", "<")
+    table = plain_table("", "<", "<")
     table.show_header = False
     for name, value in _given(found["job"]):
-        table.add_row(f"  {name}", value)
+        table.add_row(f"  {name.replace('_', '-')}", value, Text(_origin(name, origins), "dim"))
     budget = job.budget()
     if job.plan is None:
-        table.add_row("  target", f"{budget.kind} {100 * budget.amount:g} %")
-    table.add_row("  split", _SPLITS[found["split"]])
-    table.add_row("  samples", f"{len(ready.fit)} fit, {len(ready.held_out)} judge; on {ready.device}")
+        table.add_row("  target", f"{budget.kind} {100 * budget.amount:g} %", "")
+    table.add_row("  split", _SPLITS[found["split"]], "")
+    table.add_row("  samples", f"{len(ready.fit)} fit, {len(ready.held_out)} judge; on {ready.device}", "")
     console.print(table)
     heading(console, "Plan")
     single = job.structure != "channel"
@@ -116,4 +119,15 @@ def _given(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from _given(value)
         elif value not in (None, [], {}, (), False):
             text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            yield name.replace("_", "-"), text
+            yield name, text
+
+
+def _origin(name: str, origins: Origins) -> str:
+    """Return where the value of an option comes from, a file as it can be typed from here."""
+    origin = origins.get(name)
+    if origin is None:
+        return ""
+    if origin.path is None:
+        return origin.name if origin.source == "environment" else origin.source
+    line = "" if origin.line is None else f":{origin.line}"
+    return f"{os.path.relpath(origin.path)}{line}"

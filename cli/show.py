@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xdonnx.report import Figures, GateResult, LayerResult, Report, gate_line
+from xdonnx.gate import STRICT
+from xdonnx.report import Figures, GateResult, LayerResult, Report, gate_line, gist
 from xdonnx_cli.terminal import amount, beside, bullets, heading, percent, plain_table, room, say, shorten, shortened
 
 _COLOURS = {"passed": "bold green", "rejected": "bold red", "failed": "bold red"}
@@ -48,31 +49,12 @@ def show(console: Console, report: Report, *, written: Sequence[Path] = (), quie
 def verdict(console: Console, report: Report) -> None:
     """Print what came of it in a line, and why where it is not good."""
     # Without a limit nothing was passed: a green word would say more than is known.
-    judged = bool(report.gates) or report.status != "passed"
+    judged = any(gate.name not in STRICT for gate in report.gates) or report.status != "passed"
     line = Text(report.status.upper() if judged else "DONE", _COLOURS[report.status] if judged else "bold")
-    line.append(f"  {_gist(report)}{'' if judged else '; no limit was set'}", "default not bold")
+    line.append(f"  {gist(report)}{'' if judged else '; no limit was set'}", "default not bold")
     console.print(line)
     if report.reasons:
         bullets(console, report.reasons)
-
-
-def _gist(report: Report) -> str:
-    """Return the outcome in a sentence: how small, how fast, how faithful."""
-    parts = []
-    teacher, student, fidelity = report.teacher, report.student, report.fidelity
-    if teacher and student:
-        if student.macs != teacher.macs:
-            parts.append(f"{percent(student.macs, teacher.macs)} of the MACs")
-        elif student.nonzero != teacher.nonzero:
-            parts.append(f"{percent(student.nonzero, teacher.nonzero)} of the weights")
-        parts.append(f"{percent(student.bytes, teacher.bytes)} of the bytes")
-    if fidelity and fidelity.accuracy_student is not None and fidelity.accuracy_teacher is not None:
-        parts.append(f"accuracy {fidelity.accuracy_teacher:.2f} → {fidelity.accuracy_student:.2f} %")
-    elif fidelity and fidelity.top1_agreement is not None:
-        parts.append(f"agreement {fidelity.top1_agreement:.2f} %")
-    elif fidelity and (errors := [o.relative_l2 for o in fidelity.outputs if o.relative_l2 is not None]):
-        parts.append(f"relative L2 error {max(errors):.4f}")
-    return ", ".join(parts)
 
 
 def before_after(console: Console, report: Report) -> None:

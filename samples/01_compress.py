@@ -12,22 +12,20 @@ import xdonnx
 HERE = Path(__file__).parent
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
 
-job = xdonnx.Job(
-    model=HERE / "digits_vgg.onnx",
-    shots=(str(HERE / "shots"),),
-    holdout=str(HERE / "held_out.npz"),  # 450 images that no one fits to, for judging
-    preprocess=xdonnx.Preprocess("unit"),  # the teacher was trained on pixels / 255
+report = xdonnx.compress(
+    HERE / "digits_vgg.onnx",
+    HERE / "shots",  # or arrays, (images, labels), a DataLoader
+    folder / "student.onnx",
+    holdout=HERE / "held_out.npz",  # 450 images that no one fits to, for judging
+    preset="unit",  # the teacher was trained on pixels / 255
     macs=0.5,
-    gate=xdonnx.Gate(max_drop=1.0),  # points of accuracy
-    out=folder / "student.onnx",
+    max_drop=1,  # points of accuracy
     force=True,
 )
-report = xdonnx.run(job)
-xdonnx.write_report(report, folder / "student.report")
 
-assert report.teacher and report.student and report.fidelity
+assert report.teacher and report.student and report.fidelity and report.files.student
 for name in ("bytes", "params", "macs"):
     before, after = getattr(report.teacher, name), getattr(report.student, name)
     print(f"{name:9}{before:>10,} -> {after:>9,}  ({after / before:.0%})")
 print(f"{'accuracy':9}{report.fidelity.accuracy_teacher:>9.2f}% -> {report.fidelity.accuracy_student:>8.2f}%")
-print(f"{report.status}: {job.out}")
+print(f"{report.status}: {report.files.student.path}, its report in {folder / 'student.report'}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-import xdonnx.report
+import xdonnx.summary
 from xdonnx.budget import Budget, Plan
 from xdonnx.convert import convert
 from xdonnx.methods.cross import Cross
@@ -36,4 +36,4 @@ net, out = xdonnx.read_net(xdonnx.read_proto(teacher)), Path((sys.argv[1:] or [t
 fit, rest = (xdonnx.read_shots([f"{teacher.parent}/{n}"], net.interface.inputs, how) for n in ("shots", "held_out.npz"))
 plan, bench = xdonnx.make_plan(net, Budget("macs", 0.5)), Bench(convert(net, torch.device("cpu")), torch.Generator())
 out.write_bytes(xdonnx.cut(net, Median()(net, xdonnx.Patch(), fit, plan, bench).patch).SerializeToString())
-print(xdonnx.report.summary(xdonnx.verify(teacher, out, rest, xdonnx.Gate(max_drop=1.0))))
+print(xdonnx.summary.summary(xdonnx.verify(teacher, out, rest, max_drop=1)))

@@ -17,9 +17,7 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
 
 student = folder / "student.onnx"
 if not student.exists():  # 01_compress.py leaves one here
-    unit = xdonnx.Preprocess("unit")
-    shots = (str(HERE / "shots"),)
-    xdonnx.run(xdonnx.Job(model=HERE / "digits_vgg.onnx", shots=shots, preprocess=unit, out=student))
+    xdonnx.compress(HERE / "digits_vgg.onnx", HERE / "shots", student, preset="unit")
 
 # From here on nothing needs xdonnx or torch.
 with np.load(HERE / "held_out.npz") as data:

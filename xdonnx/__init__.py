@@ -1,7 +1,7 @@
 """Make an ONNX CNN smaller and faster from a handful of samples, checked in onnxruntime.
 
 >>> import xdonnx
->>> report = xdonnx.run(xdonnx.Job(model="teacher.onnx", shots=("shots/",), out="student.onnx"))  # doctest: +SKIP
+>>> report = xdonnx.compress("teacher.onnx", "shots/", "student.onnx", macs=0.5, max_drop=1)  # doctest: +SKIP
 
 Names are looked up when they are used, so that importing this package costs neither torch nor onnx.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
+    from xdonnx.api import compress, verify
     from xdonnx.budget import Budget, make_plan
     from xdonnx.errors import (
         JobError,
@@ -31,14 +32,16 @@ if TYPE_CHECKING:
     from xdonnx.graph import Net, read_net
     from xdonnx.images import Preprocess
     from xdonnx.job import Job, run
+    from xdonnx.keywords import CompressOptions, SharedOptions, VerifyOptions
     from xdonnx.model import read_proto
     from xdonnx.patch import Patch, cut
-    from xdonnx.report import Report, read_report, write_report
+    from xdonnx.publication import write_report
+    from xdonnx.report import Report, read_report, schema
     from xdonnx.shots import Shots, read_shots
-    from xdonnx.verification import verify
 
 _HOME = {
     "Budget": "budget",
+    "CompressOptions": "keywords",
     "Gate": "gate",
     "Job": "job",
     "JobError": "errors",
@@ -49,10 +52,13 @@ _HOME = {
     "Patch": "patch",
     "Preprocess": "images",
     "Report": "report",
+    "SharedOptions": "keywords",
     "Shots": "shots",
     "ShotsError": "errors",
     "VerifyError": "errors",
+    "VerifyOptions": "keywords",
     "XdonnxError": "errors",
+    "compress": "api",
     "cut": "patch",
     "make_plan": "budget",
     "read_net": "graph",
@@ -61,12 +67,14 @@ _HOME = {
     "read_shots": "shots",
     "rejudge": "gate",
     "run": "job",
-    "verify": "verification",
-    "write_report": "report",
+    "schema": "report",
+    "verify": "api",
+    "write_report": "publication",
 }
 
 __all__ = [
     "Budget",
+    "CompressOptions",
     "Gate",
     "Job",
     "JobError",
@@ -77,10 +85,13 @@ __all__ = [
     "Patch",
     "Preprocess",
     "Report",
+    "SharedOptions",
     "Shots",
     "ShotsError",
     "VerifyError",
+    "VerifyOptions",
     "XdonnxError",
+    "compress",
     "cut",
     "make_plan",
     "read_net",
@@ -89,6 +100,7 @@ __all__ = [
     "read_shots",
     "rejudge",
     "run",
+    "schema",
     "verify",
     "write_report",
 ]

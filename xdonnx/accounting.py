@@ -11,8 +11,18 @@ from xdonnx.patch import kept
 from xdonnx.report import LayerResult
 
 
-def layer_results(net: Net, outcome: Outcome, structure: str) -> list[LayerResult]:
-    """Return a row for each layer of the network, in graph order."""
+def layer_results(net: Net, outcome: Outcome, structure: str, *, residual: bool = True) -> list[LayerResult]:
+    """Return a row for each layer of the network, in graph order.
+
+    Parameters
+    ----------
+    net : Net
+    outcome : Outcome
+    structure : str
+        What was removed; only of channels there is a reason why some stay.
+    residual : bool, default=True
+        Whether channels that several layers add into were free to go. Where not, that is a reason too.
+    """
     keep = kept(net, outcome.patch)
     traces = {trace.layer: trace for trace in outcome.traces}
     rows = []
@@ -36,10 +46,16 @@ def layer_results(net: Net, outcome: Outcome, structure: str) -> list[LayerResul
                 objective_before=trace.objective_before if trace else None,
                 objective_after=trace.objective_after if trace else None,
                 seconds=round(trace.seconds, 4) if trace else None,
-                note="; ".join(net.reasons(layer))[:200] if not single else "",
+                note="; ".join(_reasons(net, layer, residual=residual))[:200] if not single else "",
             )
         )
     return rows
+
+
+def _reasons(net: Net, layer: Layer, *, residual: bool) -> list[str]:
+    streams = {group.stream for group in net.groups if group.stream and np.isin(group.ids, layer.out_ids).any()}
+    added = [] if residual else [f"{stream}: --residual frees them" for stream in sorted(streams)]
+    return [*net.reasons(layer), *added]
 
 
 def _left(layer: Layer, keep: np.ndarray) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What this machine has for a job, what does not fit, and the line that mends it.
 
-Nothing but the standard library is imported with this module: it has to work where a package is missing or broken.
+Nothing but the standard library, and our errors, is imported with this module: it has to work where a package is
+missing or broken.
 Packages are asked in processes of their own: their imports write to stderr, raise almost anything, may even crash.
 """
 
@@ -16,7 +17,12 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-NEEDED = ("numpy", "onnx", "onnx-ir", "onnx2torch", "torch", "torchvision", "pillow", "pydantic", "typer", "rich")
+from xdonnx.errors import JobError, MachineError
+
+NEEDED = (
+    "numpy", "onnx", "onnx-ir", "onnxscript", "protobuf", "onnx2torch", "torch", "torchvision", "pillow", "pydantic",
+    "jinja2", "typer", "rich",
+)  # fmt: skip
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 # A cold import of torch takes long on a slow disk; longer than this it hangs.
@@ -44,10 +50,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class Health:
-    """All findings, and the version of every package; None where it is not installed."""
+    """All findings, the version of every package, None where it is not installed, and what there is to run on.
+
+    Parameters
+    ----------
+    versions : mapping
+    findings : tuple of Finding
+    devices : tuple of str
+        As --device takes them: those that torch can fit on.
+    providers : tuple of str
+        What onnxruntime really runs a model with.
+    """
 
     versions: Mapping[str, str | None]
     findings: tuple[Finding, ...]
+    devices: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
 
     @property
     def well(self) -> bool:
@@ -65,7 +83,9 @@ def examine() -> Health:
         *_torch(versions, torch),
         *_onnxruntime(versions, sessions, gpus=bool(torch.get("gpus")) or _gpu_here()),
     )
-    return Health(versions, findings)
+    devices = ("cpu", *(f"cuda:{at}" for at in range(len(torch["gpus"])))) if "gpus" in torch else ()
+    tried = (("cpu", "CPUExecutionProvider"), ("cuda", "CUDAExecutionProvider"))
+    return Health(versions, findings, devices, tuple(name for key, name in tried if sessions.get(key)))
 
 
 def version(package: str) -> str | None:
@@ -97,6 +117,17 @@ def runs_on(device: str) -> bool:
 def usable(device: str) -> bool:
     """Return the same without a word: in a process of its own, as onnxruntime complains straight to stderr."""
     return bool(_ask(f"{{'works': runs_on({device!r})}}").get("works"))
+
+
+def check_device(device: str) -> None:
+    """Raise JobError for a device that has no such name, MachineError where onnxruntime cannot run on it."""
+    if device == "cpu":
+        return
+    name, _, number = device.partition(":")
+    if name != "cuda" or not (number.isdecimal() or not number):
+        raise JobError(f"unknown device '{device}'.\n  Devices: cpu, cuda:0.")
+    if not usable(device):
+        raise MachineError(f"onnxruntime cannot run on '{device}'.\n  See what is missing: xdonnx doctor")
 
 
 def torch_facts() -> dict[str, Any]:

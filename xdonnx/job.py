@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from xdonnx.accounting import layer_results
 from xdonnx.agreement import check_same, keep_sparse
@@ -20,28 +20,34 @@ from xdonnx.allocation import Curve, allocate, measure_curves
 from xdonnx.augment import VIEWS, widened
 from xdonnx.budget import KINDS, Budget, Plan, candidates, make_plan, pattern_of
 from xdonnx.convert import Program, checked, convert
-from xdonnx.errors import JobError, MachineError, ShotsError, VerifyError, did_you_mean
+from xdonnx.devices import usable_device
+from xdonnx.draw import unseen
+from xdonnx.errors import JobError, ShotsError, VerifyError, did_you_mean
 from xdonnx.events import Event, Log, ignore
 from xdonnx.fidelity import compare, fixed_batch
-from xdonnx.gate import Gate
+from xdonnx.gate import Gate, of_a_job
 from xdonnx.graph import Net, read_net
 from xdonnx.images import Preprocess
 from xdonnx.methods import make
 from xdonnx.methods.layerwise import Bench, Outcome
+from xdonnx.mistakes import mistake
 from xdonnx.model import Port, file_bytes, fingerprint, interface, read_proto, sized, write_proto
 from xdonnx.patch import Patch, cut, masked
 from xdonnx.paths import check_student, rejected_path
 from xdonnx.planfile import plan_of, read_planfile
+from xdonnx.preprocessing import check_samples
 from xdonnx.report import Fidelity, FileInfo, LayerResult, Report, tool
 from xdonnx.runtime import open_session
-from xdonnx.shots import Shots, read_shots, split, synthetic, unseen
+from xdonnx.shots import Shots, Unread, list_shots, split, synthetic
 from xdonnx.verification import check_interface, verify
-from xdonnx.walk import chunked
+from xdonnx.walk import affordable, chunked
 
 DEFAULT_TARGET = ("macs", 0.5)
 ALLOCATIONS = ("auto", "measured", "uniform")
 # Of the intervals in the report, where no gate asks for another.
 CONFIDENCE = 0.95
+# Gives all samples, and the fraction of them that is held out or those that are, for the inputs of a graph.
+Reader = Callable[[Sequence[Port], Log], tuple[Shots | Unread, float | Shots]]
 
 
 class Job(BaseModel):
@@ -94,19 +100,27 @@ class Job(BaseModel):
     def _one_or_many(cls, given: Any) -> Any:
         return (str(given),) if isinstance(given, (str, Path)) else given
 
-    @model_validator(mode="before")
+    @field_validator("holdout", mode="before")
     @classmethod
-    def _structure_of_plan(cls, given: Any) -> Any:
-        """Take the structure from the plan where one is given."""
-        if not isinstance(given, Mapping) or given.get("plan") is None:
-            return given
-        structure = read_planfile(given["plan"]).structure
-        if given.get("structure", structure) != structure:
-            raise JobError(
-                f"--structure is {given['structure']}, and '{given['plan']}' has structure {structure}.\n"
-                "  Leave --structure out."
-            )
-        return {**given, "structure": structure}
+    def _fraction_or_path(cls, given: Any) -> Any:
+        return str(given) if isinstance(given, (float, Path)) else given
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _checked(cls, given: Any, handler: Any) -> Any:
+        """Take the structure from the plan where one is given; tell what is wrong in our words."""
+        if isinstance(given, Mapping) and isinstance(given.get("plan"), (str, Path)):
+            structure = read_planfile(given["plan"]).structure
+            if given.get("structure", structure) != structure:
+                raise JobError(
+                    f"--structure is {given['structure']}, and '{given['plan']}' has structure {structure}.\n"
+                    "  Leave --structure out."
+                )
+            given = {**given, "structure": structure}
+        try:
+            return handler(given)
+        except ValidationError as error:
+            raise mistake(error, cls.model_fields) from None
 
     def budget(self) -> Budget:
         """Return the target, of kind 'plan' where a file says what stays; raises JobError when several are given."""
@@ -147,7 +161,8 @@ class Job(BaseModel):
                 "--allocation measured splits a target over the whole network between channels.\n"
                 "  Pass --macs or --params with --structure channel, or leave --allocation out."
             )
-        return fits and self.allocation != "uniform" and self.preset_effort not in ("fast", "paper")
+        asked = self.allocation == "measured"
+        return fits and (asked or (self.allocation == "auto" and self.preset_effort not in ("fast", "paper")))
 
     def methods(self) -> list[Any]:
         """Return the methods with their options; raises JobError for combinations that make no sense."""
@@ -183,7 +198,7 @@ class Prepared:
     device: str
 
 
-def run(job: Job, log: Log = ignore, *, command: str = "") -> Report:
+def run(job: Job, log: Log = ignore, *, command: str = "", read: Reader | None = None) -> Report:
     """Compress a model and say what it cost.
 
     Parameters
@@ -193,6 +208,8 @@ def run(job: Job, log: Log = ignore, *, command: str = "") -> Report:
         Told of progress and warnings.
     command : str
         What the user typed, for the report.
+    read : callable, optional
+        Gives the samples in place of the files that the job names.
 
     Returns
     -------
@@ -212,7 +229,7 @@ def run(job: Job, log: Log = ignore, *, command: str = "") -> Report:
         log(event)
 
     methods = job.methods()
-    ready = prepared(job, note)
+    ready = prepared(job, note, read=read)
     net, fit = ready.net, ready.fit
     program = opened(ready, note)
     plan = planned(job, ready, program, note)
@@ -229,19 +246,22 @@ def run(job: Job, log: Log = ignore, *, command: str = "") -> Report:
     if job.structure != "channel":
         keep_sparse(student, first, note)
     _stamp(student, job, net)
-    layers = layer_results(net, outcome, job.structure)
+    layers = layer_results(net, outcome, job.structure, residual=job.residual or job.plan is not None)
     return _judge_and_write(job, ready, student, layers, tuple(warnings), started, command, log)
 
 
 def opened(ready: Prepared, log: Log = ignore) -> Program:
     """Return the teacher in torch, every step checked against onnxruntime."""
+    # Rounded products would fail the comparison with onnxruntime, and one seed is to give one student.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     program = convert(ready.net, torch.device(ready.device))
     return checked(ready.net, program, chunked(ready.net, ready.fit.inputs, most=4)[0], log)
 
 
 def curves(job: Job, ready: Prepared, program: Program, log: Log = ignore) -> tuple[Curve, ...]:
     """Return the error curves of the groups that may lose channels, measured on the samples that fit."""
-    inputs = widened(ready.fit.inputs, VIEWS, torch.Generator().manual_seed(job.seed))
+    inputs = widened(ready.fit.inputs, affordable(ready.net, VIEWS), torch.Generator().manual_seed(job.seed))
     return measure_curves(ready.net, program, inputs, candidates(ready.net, job.budget()), log)
 
 
@@ -252,7 +272,7 @@ def planned(job: Job, ready: Prepared, program: Program, log: Log = ignore) -> P
     return allocate(ready.net, curves(job, ready, program, log), job.budget())
 
 
-def prepared(job: Job, log: Log = ignore, *, writes: bool = True) -> Prepared:
+def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader | None = None) -> Prepared:
     """Read and check everything that a job names, so that mistakes show before any work.
 
     Parameters
@@ -261,6 +281,8 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True) -> Prepared:
     log : callable
     writes : bool
         Whether OUT will be written, and so has to be free.
+    read : callable, optional
+        Gives the samples in place of the files that the job names.
 
     Raises
     ------
@@ -272,13 +294,15 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True) -> Prepared:
     job.measured()
     if writes:
         check_student(job.out, job.model, force=job.force, external=job.external_data)
-    device = _device(job.device)
+    device = usable_device(job.device)
     log(Event("read", f"Read {job.model.name}"))
     proto = read_proto(job.model)
-    open_session(job.model)
+    session = open_session(job.model)
     ports = sized(interface(proto).inputs, job.input_shape)
-    whole, held = _read_shots(job, ports, log)
+    whole, held = read(ports, log) if read else _read_shots(job, ports, log)
     fit, held_out = split(whole, per_class=job.per_class, max_shots=job.max_shots, holdout=held, seed=job.seed)
+    if isinstance(whole, Unread):
+        check_samples(proto, session, ports, whole, job.preprocess, log)
     if held != 0.0:
         judging = unseen(held_out, fit)
         if not len(judging):
@@ -299,10 +323,10 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True) -> Prepared:
     # Reading the shots has warned of the first five by name.
     for name in whole.skipped[5:]:
         log(Event("shots", f"left out, unreadable: {name}", level="warning"))
-    sizes = {**{name: array.shape for name, array in whole.inputs.items()}, **job.input_shape}
+    sizes = {**{name: array.shape for name, array in fit.inputs.items()}, **job.input_shape}
     net = read_net(proto, sizes)
     plan = plan_of(job.plan, net, fingerprint(job.model)) if job.plan else make_plan(net, budget)
-    batch = fixed_batch(ports, whole) or 1
+    batch = fixed_batch(ports, fit) or 1
     for part, does in ((fit, "fit"), (held_out, "judge")):
         if len(part) < batch:
             raise ShotsError(
@@ -312,7 +336,7 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True) -> Prepared:
     return Prepared(net, fit, held_out, plan, device)
 
 
-def _read_shots(job: Job, ports: Sequence[Port], log: Log) -> tuple[Shots, float | Shots]:
+def _read_shots(job: Job, ports: Sequence[Port], log: Log) -> tuple[Shots | Unread, float | Shots]:
     if job.synthetic_shots is not None:
         if job.shots:
             raise JobError("--shots and --synthetic-shots are both given.\n  Leave the random ones out.")
@@ -321,11 +345,12 @@ def _read_shots(job: Job, ports: Sequence[Port], log: Log) -> tuple[Shots, float
         return noise, _fraction(job.holdout) or 0.0
     if not job.shots:
         raise JobError("no samples.\n  Pass --shots PATH: a folder of images, an .npz or an .npy.")
-    whole = read_shots(job.shots, ports, job.preprocess, labels=job.labels, skip_bad=job.skip_bad, log=log)
+    whole = list_shots(job.shots, ports, job.preprocess, labels=job.labels, skip_bad=job.skip_bad, log=log)
     fraction = _fraction(job.holdout)
     if fraction is not None:
         return whole, fraction
-    return whole, read_shots([job.holdout], ports, job.preprocess, skip_bad=job.skip_bad, log=log)
+    others = list_shots([job.holdout], ports, job.preprocess, skip_bad=job.skip_bad, log=log)
+    return whole, others.stream(np.arange(len(others)))
 
 
 def _fraction(text: str) -> float | None:
@@ -333,22 +358,6 @@ def _fraction(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise JobError(f"unknown device '{name}'.\n  Devices: auto, cpu, cuda:0.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MachineError(
-            f"device '{name}' is not here: torch sees {torch.cuda.device_count()} GPUs.\n  See xdonnx doctor."
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise JobError(f"device '{name}' is not supported.\n  Devices: auto, cpu, cuda:0.")
-    return name
 
 
 def _stamp(student: onnx.ModelProto, job: Job, net: Net) -> None:
@@ -392,15 +401,14 @@ def _judge_and_write(
             log(event)
 
         held_out = _fraction(job.holdout) != 0.0
+        how: dict[str, Any] = {"device": ready.device, "held_out": held_out, "log": note}
         fidelity = compare(
             job.model,
             candidate,
             ready.held_out,
             generator=np.random.default_rng(job.seed),
-            device=ready.device,
             confidence=job.gate.confidence or CONFIDENCE,
-            held_out=held_out,
-            log=note,
+            **how,
         )
         # Stamped with what it was found to be worth, so that the file judged is to the byte the file delivered.
         _add_metadata(student, _worth(fidelity))
@@ -409,15 +417,14 @@ def _judge_and_write(
             job.model,
             candidate,
             ready.held_out,
-            job.gate,
-            device=ready.device,
+            of_a_job(job.gate, job.structure),
             seed=job.seed,
             command=command,
             job=job.model_dump(mode="json", fallback=str),
-            held_out=held_out,
+            fitted=ready.fit if held_out else None,
             shots_path=", ".join(job.shots) or "synthetic",
             known=fidelity,
-            log=note,
+            **how,
         )
         if report.exit_code not in (0, 3):
             raise VerifyError("; ".join(report.reasons))

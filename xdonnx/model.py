@@ -8,14 +8,18 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import numpy_helper
 
 from xdonnx.errors import JobError, MachineError, ModelError
+
+if TYPE_CHECKING:
+    # With sympy behind it, it costs a third of a second, which those who only read and compare need not pay.
+    import onnx_ir as ir
 
 Dim = int | str | None
 
@@ -144,12 +148,19 @@ def _check_sizes(path: Path, proto: onnx.ModelProto) -> None:
 
 def read_model(path: str | Path) -> ir.Model:
     """Read and check an ONNX file as an editable graph; raises as :func:`read_proto` does."""
+    import onnx_ir as ir
+
     return ir.from_proto(read_proto(path))
 
 
 def interface(model: onnx.ModelProto | ir.Model) -> Interface:
     """Return what callers rely on: ports, opset, metadata, doc string."""
-    proto = model if isinstance(model, onnx.ModelProto) else ir.to_proto(model)
+    if isinstance(model, onnx.ModelProto):
+        proto = model
+    else:
+        import onnx_ir as ir
+
+        proto = ir.to_proto(model)
     graph = proto.graph
     # Before IR version 4 initializers had to be listed among the inputs; those are not the caller's to feed.
     held = {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}

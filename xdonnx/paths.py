@@ -17,6 +17,17 @@ def rejected_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.rejected.onnx")
 
 
+def report_folder(out: Path, given: Path | None = None) -> Path:
+    """Return where the report of OUT goes, by default beside it; raises JobError or MachineError where it cannot."""
+    folder = given or out.parent / f"{out.stem}.report"
+    if folder == out or (folder.exists() and not folder.is_dir()):
+        raise JobError(f"the report cannot go to '{folder}': that is a file.\n  Name a folder: --report-dir DIR.")
+    above = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    if not os.access(above, os.W_OK):
+        raise MachineError(f"cannot write the report into '{above}'.\n  Name another folder: --report-dir DIR.")
+    return folder
+
+
 def check_student(out: Path, model: Path, *, force: bool, external: str) -> None:
     """Raise JobError or MachineError where the student cannot be written to OUT, or would replace what it must not."""
     if external not in EXTERNAL:

@@ -1,4 +1,4 @@
-"""The report of a job: what was measured, what the gate says of it, and how that reads on paper.
+"""The report of a job: what was measured and what the gate says of it.
 
 `report.json` is the truth; `summary.md` and every other form are drawn from it. A report of an older or newer
 minor version reads; what a newer one has in addition is passed over.
@@ -7,21 +7,21 @@ minor version reads; what a newer one has in addition is passed over.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from xdonnx.errors import JobError, MachineError
-from xdonnx.events import Event, Log, ignore
+from xdonnx.errors import JobError
 
-SCHEMA_VERSION = "1.0"
+# 1.1 has the worst shots.
+SCHEMA_VERSION = "1.1"
 
 # The unit of a gate and the decimals in which it is shown, and therefore compared.
-UNITS = {"points": 2, "relative L2": 6, "fraction": 4, "ratio": 3}
+UNITS = {"points": 2, "relative L2": 6, "fraction": 4, "ratio": 3, "bytes": 0, "weights": 0}
+# Gates that are limits from below; all others are from above.
+AT_LEAST = frozenset({"min_shrink", "smaller", "removed"})
 
 # A report is written whole or not at all: a key that is not in the schema, or a number that JSON cannot hold,
 # is our mistake. Readers of the schema must live with keys to come, so it does not forbid them.
@@ -118,6 +118,29 @@ class OutputError(BaseModel):
     agreement: float | None = None
 
 
+class Answer(BaseModel):
+    """The class that a model puts first, and the number that it gives it; None where that is not finite."""
+
+    model_config = _STRICT
+    top: int
+    name: str = Field("", description="of the class, where folders named the classes")
+    score: float | None
+
+
+class WorstShot(BaseModel):
+    """A sample on which the student is far from the teacher."""
+
+    model_config = _STRICT
+    sample: str = Field(description="where it came from")
+    row: int = Field(description="its place among the samples that judged, from 0")
+    label: int | None = None
+    label_name: str = ""
+    teacher: Answer | None = Field(None, description="None where no output classifies")
+    student: Answer | None = None
+    relative_l2: float | None = Field(description="of its worst output; None where the teacher's is zero throughout")
+    thumbnail: str | None = Field(None, description="data URI of a PNG of at most 64 pixels a side, as it was fed")
+
+
 class Fidelity(BaseModel):
     """How the student answers compared with the teacher. Agreement and accuracy are per cent of the samples."""
 
@@ -130,6 +153,10 @@ class Fidelity(BaseModel):
     drop: Drop | None = None
     smallest_drop: float | None = Field(None, description="points that so many samples can tell from none")
     outputs: tuple[OutputError, ...]
+    fit_error: float | None = Field(
+        None, description="relative L2 of the worst output on samples that fitted; None where none did"
+    )
+    worst: tuple[WorstShot, ...] = Field((), description="of the largest disagreement, the worst first")
 
 
 class GateResult(BaseModel):
@@ -226,130 +253,56 @@ def tool() -> Tool:
 def gate_line(gate: GateResult) -> str:
     """Say in a line what was measured and what was allowed."""
     judged = "" if gate.bound == gate.value else f" (bound {shown(gate.bound, gate.unit)})"
-    word = "at least" if gate.name == "min_shrink" else "at most"
+    word = "at least" if gate.name in AT_LEAST else "at most"
     limit = shown(gate.limit, gate.unit, exact=True)
     return f"{gate.name}: {shown(gate.value, gate.unit)}{judged}, allowed {word} {limit}"
+
+
+def gist(report: Report) -> str:
+    """Return the outcome in a sentence: how small, how fast, how faithful."""
+    parts: list[str] = []
+    teacher, student, fidelity = report.teacher, report.student, report.fidelity
+    if teacher and student:
+        for name, of in (("macs", "MACs"), ("nonzero", "weights"), ("bytes", "bytes")):
+            before, after = getattr(teacher, name), getattr(student, name)
+            # Where channels went, their weights went too: the sentence names one of the two.
+            if before and (name == "bytes" or (after != before and not parts)):
+                parts.append(f"{100 * after / before:.1f} % of the {of}")
+    if fidelity and fidelity.accuracy_student is not None and fidelity.accuracy_teacher is not None:
+        parts.append(f"accuracy {fidelity.accuracy_teacher:.2f} → {fidelity.accuracy_student:.2f} %")
+    elif fidelity and fidelity.top1_agreement is not None:
+        parts.append(f"agreement {fidelity.top1_agreement:.2f} %")
+    elif fidelity and (errors := [o.relative_l2 for o in fidelity.outputs if o.relative_l2 is not None]):
+        parts.append(f"relative L2 error {max(errors):.4f}")
+    return ", ".join(parts)
+
+
+def interval_line(report: Report, gate: str) -> str:
+    """Say how sure the number that a gate judges is; nothing where it carries no interval."""
+    fidelity = report.fidelity
+    if fidelity is None:
+        return ""
+    if gate == "max_drop" and fidelity.drop:
+        drop = fidelity.drop
+        text = f"{drop.low:.2f} to {drop.high:.2f} points at {100 * drop.confidence:g} % confidence"
+        least = fidelity.smallest_drop
+        return text if least is None else f"{text}; {fidelity.samples} samples can show {least:.2f} points at best"
+    bounded = [output for output in fidelity.outputs if output.high is not None and output.confidence is not None]
+    if gate == "max_error" and bounded:
+        worst = max(bounded, key=lambda output: output.relative_l2 or 0.0)
+        return f"{worst.low:.6f} to {worst.high:.6f} at {100 * (worst.confidence or 0):g} % confidence, '{worst.name}'"
+    return ""
 
 
 def shown(number: float | None, unit: str, *, exact: bool = False) -> str:
     """Return a gate's number as people read it; `exact` for a limit, which nobody rounds."""
     if number is None:
         return "no bound"
-    decimals = UNITS[unit]
+    decimals = UNITS.get(unit, 4)
     if unit == "fraction":  # people read per cent; four decimals of a fraction are two of those
         number, decimals, unit = 100 * number, decimals - 2, "%"
-    text = f"{number:.10g}" if exact else f"{number:.{decimals}f}"
+    text = f"{number:.10g}" if exact and decimals else f"{number:,.{decimals}f}"
     return text if unit == "ratio" else f"{text} {unit}"
-
-
-def summary(report: Report) -> str:
-    """Return the report as Markdown of at most 60 lines."""
-    where = f"{report.device}, seed {report.seed}, {report.seconds:.1f} s, xdonnx {report.tool.version}"
-    lines = [f"# xdonnx: {report.status} (exit code {report.exit_code})", "", where, ""]
-    lines += _bullets(report.reasons, 6)
-    if report.gates:
-        lines += ["| gate | measured | judged | limit | |", "|---|---|---|---|---|"]
-        for gate in report.gates:
-            verdict = "passed" if gate.passed else {"fail": "**failed**", "warn": "warning"}[gate.level]
-            numbers = (shown(gate.value, gate.unit), shown(gate.bound, gate.unit))
-            limit = shown(gate.limit, gate.unit, exact=True)
-            lines.append(_row(gate.name, *numbers, limit, verdict))
-        lines.append("")
-    lines += _before_after(report) + _worst_layers(report.layers)
-    if report.warnings:
-        lines += ["Warnings:", "", *_bullets(report.warnings, 8)]
-    command = _clip(report.command, 1000)
-    return "\n".join([*lines, *(["```", command, "```"] if command else [])]) + "\n"
-
-
-def _before_after(report: Report) -> list[str]:
-    rows = []
-    teacher, student, fidelity = report.teacher, report.student, report.fidelity
-    if teacher and student:
-        for name in ("bytes", "params", "nonzero", "macs"):
-            before, after = getattr(teacher, name), getattr(student, name)
-            rows.append(_row(name, f"{before:,}", f"{after:,}", f"{100 * after / before:.1f} %" if before else ""))
-        a, b = teacher.latency_ms, student.latency_ms
-        if a and b:
-            times = (f"{t.median:.3f} ({t.q1:.3f} to {t.q3:.3f})" for t in (a, b))
-            ratio = f"{100 * b.median / a.median:.1f} %" if a.median else ""
-            rows.append(_row(f"latency, ms, {b.provider.removesuffix('ExecutionProvider')}", *times, ratio))
-    if fidelity and fidelity.accuracy_teacher is not None and fidelity.accuracy_student is not None:
-        percent = (f"{fidelity.accuracy_teacher:.2f} %", f"{fidelity.accuracy_student:.2f} %")
-        rows.append(_row("top-1 accuracy", *percent, ""))
-    if fidelity and fidelity.top1_agreement is not None:
-        rows.append(_row("top-1 agreement", "", f"{fidelity.top1_agreement:.2f} %", ""))
-    if fidelity and fidelity.drop:
-        drop = fidelity.drop
-        sure = f"({drop.low:.2f} to {drop.high:.2f} at {100 * drop.confidence:g} %)"
-        rows.append(_row(f"drop of {drop.of}, points", "", f"{drop.value:.2f} {sure}", ""))
-    errors = [output for output in fidelity.outputs if output.relative_l2 is not None] if fidelity else []
-    if errors:
-        worst = max(errors, key=lambda output: output.relative_l2 or 0.0)
-        rows.append(_row(f"relative L2 of '{worst.name}'", "", f"{worst.relative_l2:.6f}", ""))
-    if not rows:
-        return []
-    samples = f"{fidelity.samples} {'held-out ' * fidelity.held_out}samples" if fidelity else ""
-    return [_row(samples, "teacher", "student", "student / teacher"), "|---|---|---|---|", *rows, ""]
-
-
-def _worst_layers(layers: Iterable[LayerResult]) -> list[str]:
-    """List the five layers of the largest error left, among those whose error is known."""
-    known = [layer for layer in layers if layer.objective_after is not None]
-    if not known:
-        return []
-    worst = sorted(known, key=lambda layer: -(layer.objective_after or 0.0))[:5]
-    lines = ["| worst layers | op | kept | error before | error after |", "|---|---|---|---|---|"]
-    for layer in worst:
-        before = "" if layer.objective_before is None else f"{layer.objective_before:.4g}"
-        kept = f"{layer.kept} of {layer.units}"
-        lines.append(_row(f"`{layer.layer}`", layer.op, kept, before, f"{layer.objective_after:.4g}"))
-    return [*lines, ""]
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(_clip(cell, 120).replace("|", "\\|") for cell in cells) + " |"
-
-
-def _bullets(lines: Sequence[str], most: int) -> list[str]:
-    """Return up to `most` lines as a list; the last one counts the rest."""
-    if not lines:
-        return []
-    kept = list(lines) if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
-    return [f"- {_clip(line, 300)}" for line in kept] + [""]
-
-
-def _clip(text: str, most: int) -> str:
-    """Return the text in one line of bounded length."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def write_report(report: Report, folder: str | Path, *, log: Log = ignore) -> None:
-    """Write `report.json` and `summary.md`; append the latter to the file that GITHUB_STEP_SUMMARY names.
-
-    Raises
-    ------
-    MachineError
-        The folder cannot be written. A step summary that cannot is a warning event only.
-    """
-    folder, text = Path(folder), summary(report)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / ".report.json"
-        draft.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, folder / "report.json")
-        (folder / "summary.md").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MachineError(f"cannot write the report to '{folder}': {error}.") from error
-    step = os.environ.get("GITHUB_STEP_SUMMARY")
-    if step:
-        try:
-            with Path(step).open("a", encoding="utf-8") as stream:
-                stream.write(text)
-        except OSError as error:
-            # Inside a container the path may not exist; the report itself is safe.
-            log(Event("verify", f"cannot append to GITHUB_STEP_SUMMARY: {error}", level="warning"))
 
 
 def read_report(path: str | Path) -> Report:
@@ -373,8 +326,10 @@ def read_report(path: str | Path) -> Report:
     if not isinstance(version, str):
         raise JobError(f"'{path}' is no report: it names no schema_version.")
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        writer = raw.get("tool", {}).get("version", "") if isinstance(raw.get("tool"), dict) else ""
         raise JobError(
-            f"'{path}' has schema {version}, this xdonnx reads {SCHEMA_VERSION}.\n  Use the xdonnx that wrote it."
+            f"'{path}' has schema {version}, this xdonnx reads {SCHEMA_VERSION}.\n"
+            f"  Use the xdonnx that wrote it{f': pip install xdonnx=={writer}' if writer else ''}."
         )
     try:
         return _validated(raw)

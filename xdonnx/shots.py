@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xdonnx.draw import draw
 from xdonnx.errors import JobError, ShotsError
 from xdonnx.events import Event, Log, ignore
-from xdonnx.feeds import cast, check_shape, conform, wants
-from xdonnx.images import Frame, Preprocess, as_pixels, fit, frame, normalize, open_image
+from xdonnx.feeds import conform, wants
+from xdonnx.images import Preprocess
+from xdonnx.rows import Numbers, Pictures, Rows, Source, image_frame, of_array, rows_of, unreadable
 from xdonnx.sources import (
     ARRAY_SUFFIXES,
     FORMATS,
-    Listing,
     assign,
     check_labels,
     list_images,
     load_arrays,
+    load_tensors,
     read_labels,
     some,
+    tensor_folders,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+# Bytes of numbers up to which judging samples are held; beyond, they are read batch by batch.
+HELD = 1 << 27
+# Rows that are looked at together.
+_BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +49,8 @@ class Shots:
     Parameters
     ----------
     inputs : dict of str to (n, ...) array
-        By graph input, in its type. Axis 0 counts shots; a graph of fixed batch is fed in slices of it.
+        By graph input, in its type. Axis 0 counts shots; a graph of fixed batch is fed in slices of it. Many
+        judging samples are `rows.Rows`, which read what is sliced from them and nothing else.
     labels : (n,) int64, optional
         Class of each shot.
     ids : tuple of str
@@ -72,7 +79,7 @@ class Shots:
         rows = np.asarray(indices, np.int64)
         return replace(
             self,
-            inputs={name: values[rows] for name, values in self.inputs.items()},
+            inputs={name: _picked(values, rows) for name, values in self.inputs.items()},
             labels=None if self.labels is None else self.labels[rows],
             ids=tuple(self.ids[row] for row in rows),
         )
@@ -80,15 +87,109 @@ class Shots:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What one source gave: `kept` are the rows that could be read, of which alone `inputs` has values."""
+    """What one source gave: the rows of the inputs that it fills."""
 
     where: str
-    inputs: dict[str, Array]
+    sources: dict[str, Source]
     ids: tuple[str, ...]
-    kept: Array
     labels: Array | None = None
     classes: tuple[str, ...] | None = None
-    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Unread:
+    """All samples that were found, before any is decoded.
+
+    Parameters
+    ----------
+    parts : tuple of _Part
+        Where they are read from.
+    rows : (n,) int64
+        Rows of each part that are samples: those that are not left out.
+    labels, ids, classes, skipped
+        As of `Shots`.
+    log : Log
+        Told of progress in the stage 'shots'.
+    """
+
+    parts: tuple[_Part, ...]
+    rows: Array
+    labels: Array | None
+    ids: tuple[str, ...]
+    classes: tuple[str, ...] | None
+    skipped: tuple[str, ...]
+    log: Log = ignore
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, indices: Sequence[int] | Array) -> Shots:
+        """Return the samples at these places, read.
+
+        Raises
+        ------
+        ShotsError
+            Files that cannot be read, or numbers that are constant, not finite or of another shape.
+        """
+        return self._read(np.asarray(indices, np.int64), held=None)
+
+    def stream(self, indices: Sequence[int] | Array) -> Shots:
+        """Return the samples at these places, checked; where they are many they are not held, but read when used.
+
+        Raises
+        ------
+        ShotsError
+            As from `take`.
+        """
+        return self._read(np.asarray(indices, np.int64), held=HELD)
+
+    def sample(self, most: int) -> tuple[Array, Array | None] | None:
+        """Return up to `most` samples as pixels, spread evenly, and their labels; None where they are no images."""
+        if len(self.parts) != 1 or len(self.parts[0].sources) != 1:
+            return None
+        (source,) = self.parts[0].sources.values()
+        chosen: list[int] = []
+        images: list[Array] = []
+        for at in np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64)):
+            try:
+                image = source.pixels(self.rows[[at]])
+            except ShotsError:
+                continue  # it may be nobody's shot; where it is drawn, reading it complains
+            if image is None:
+                return None
+            if not images or image.shape == images[0].shape:
+                chosen.append(at)
+                images.append(image)
+        if not images:
+            return None
+        return np.concatenate(images), None if self.labels is None else self.labels[chosen]
+
+    def _read(self, indices: Array, held: int | None) -> Shots:
+        inputs: dict[str, Array] = {}
+        for part in self.parts:
+            for name, source in part.sources.items():
+                values = rows_of(source, self.rows[indices], part.ids, part.where, held, self.log)
+                # `Rows` quack like an array for all that judging does: length, shape, type, slices.
+                inputs[name] = cast(Array, values)
+        shots = Shots(
+            inputs=inputs,
+            labels=None if self.labels is None else self.labels[indices],
+            ids=tuple(self.ids[at] for at in indices),
+            classes=self.classes,
+            skipped=self.skipped,
+        )
+        check_varied(shots, self.log, self)
+        known = "" if shots.labels is None else f", {len(np.unique(shots.labels))} classes"
+        self.log(Event("shots", f"{len(shots)} shots{known}", len(shots), len(shots)))
+        return shots
+
+    def beside(self, shots: Shots) -> Iterator[dict[str, Array]]:
+        """Yield the samples that are not among these, a batch at a time."""
+        taken = set(shots.ids)
+        others = self.rows[[at for at, name in enumerate(self.ids) if name not in taken]]
+        for start in range(0, len(others), _BATCH):
+            rows = others[start : start + _BATCH]
+            yield {name: source.read(rows) for part in self.parts for name, source in part.sources.items()}
 
 
 def read_shots(
@@ -128,7 +229,31 @@ def read_shots(
     JobError
         The preprocessing contradicts the graph.
     """
-    parts = [_read(path, mine, preprocess, skip_bad=skip_bad, log=log) for path, mine in assign(sources, ports)]
+    found = list_shots(sources, ports, preprocess, labels=labels, skip_bad=skip_bad, log=log)
+    return found.take(np.arange(len(found)))
+
+
+def list_shots(
+    sources: Sequence[str],
+    ports: Sequence[Port],
+    preprocess: Preprocess,
+    *,
+    labels: Path | None = None,
+    skip_bad: bool = False,
+    log: Log = ignore,
+) -> Unread:
+    """Find samples and their labels, as `read_shots` does, and decode none yet.
+
+    With `skip_bad` every file is decoded once, since only then it is known which there are to draw from.
+
+    Raises
+    ------
+    ShotsError
+        No samples; or they are wrongly labelled, or arrays are of another shape or not finite.
+    JobError
+        The preprocessing contradicts the graph.
+    """
+    parts = tuple(_find(path, mine, preprocess, log) for path, mine in assign(sources, ports))
     first = parts[0]
     for part in parts[1:]:
         if len(part.ids) != len(first.ids):
@@ -136,99 +261,62 @@ def read_shots(
                 f"'{first.where}' holds {len(first.ids)} rows, '{part.where}' {len(part.ids)}.\n"
                 "  Row i of every input makes shot i: give as many of each."
             )
-    kept = first.kept
-    for part in parts[1:]:
-        kept = np.intersect1d(kept, part.kept)
-    if not len(kept):
+    rows, skipped = np.arange(len(first.ids)), list[str]()
+    for part in parts if skip_bad else ():
+        bad = unreadable(part.sources.values(), part.ids, part.where, log)
+        skipped += [part.ids[row] for row in bad]
+        rows = np.setdiff1d(rows, list(bad))
+    if not len(rows):
         raise ShotsError("no shot can be read in all of its inputs.\n  Mend the files that are named as skipped.")
-    whole = Shots(
-        inputs={name: values[np.isin(part.kept, kept)] for part in parts for name, values in part.inputs.items()},
-        labels=_labels_of(parts, labels, kept),
-        ids=tuple(first.ids[row] for row in kept),
+    known = _labels_of(parts, labels)
+    return Unread(
+        parts=parts,
+        rows=rows,
+        labels=None if known is None else known[rows],
+        ids=tuple(first.ids[row] for row in rows),
         classes=next((part.classes for part in parts if part.classes and labels is None), None),
-        skipped=tuple(name for part in parts for name in part.skipped),
+        skipped=tuple(skipped),
+        log=log,
     )
-    _check_varied(whole, log)
-    known = "" if whole.labels is None else f", {len(np.unique(whole.labels))} classes"
-    log(Event("shots", f"{len(whole)} shots{known}", len(whole), len(whole)))
-    return whole
 
 
 def split(
-    shots: Shots, *, per_class: int | None, max_shots: int | None, holdout: float | Shots, seed: int
+    shots: Shots | Unread, *, per_class: int | None, max_shots: int | None, holdout: float | Shots, seed: int
 ) -> tuple[Shots, Shots]:
-    """Split shots into those that fit and those that judge.
-
-    The fitting ones are drawn first. The hold-out is a fraction of all shots; it is taken from those not
-    drawn (at most all of them) or, where every shot was drawn, from the drawn ones. Labelled shots are held
-    out in proportion to the classes. Both parts keep the order of the shots.
+    """Split shots into those that fit and those that judge; of those unread, only these are decoded.
 
     Parameters
     ----------
-    shots : Shots
+    shots : Shots or Unread
         All there are.
-    per_class, max_shots : int, optional
-        How many to draw for fitting, of each class or in all; not both.
+    per_class, max_shots, seed
+        As of `draw.draw`.
     holdout : float in [0, 1) or Shots
-        Fraction held out; at least one shot is held out and one left. 0: judge on the fitting shots. Shots:
-        judge on these.
-    seed : int
-        Of every draw.
+        As of `draw.draw`; or the very shots that judge.
 
     Returns
     -------
     fit, held_out : Shots
+        Both in the order of the shots.
 
     Raises
     ------
     ShotsError
-        A class, or all together, has fewer shots than asked for.
+        A class, or all together, has fewer shots than asked for; or those drawn cannot be read.
     JobError
         Numbers that make no sense.
     """
-    if per_class is not None and max_shots is not None:
-        raise JobError("--per-class and --max-shots both say how many shots to draw.\n  Give one of them.")
-    for name, number in (("per-class", per_class), ("max-shots", max_shots)):
-        if number is not None and number < 1:
-            raise JobError(f"--{name} {number} draws nothing.\n  Give at least 1.")
-    generator = np.random.default_rng(seed)
-    everything = np.arange(len(shots))
-    drawn = everything
-    if per_class is not None:
-        drawn = _draw_per_class(shots, per_class, generator)
-    elif max_shots is not None and max_shots < len(shots):
-        drawn = np.sort(generator.choice(everything, max_shots, replace=False))
-    if isinstance(holdout, Shots):
-        if not len(holdout):
-            raise ShotsError("the shots to hold out are none.\n  Give --holdout a path that holds some.")
-        return shots.take(drawn), holdout
-    if not 0 <= holdout < 1:
-        raise JobError(f"--holdout {holdout} is not a fraction in [0, 1).\n  0.2 holds out a fifth.")
-    if holdout == 0:
-        return shots.take(drawn), shots.take(drawn)
-    rest = np.setdiff1d(everything, drawn)
-    if not len(rest) and len(drawn) < 2:
-        raise ShotsError(
-            f"fewer shots than the hold-out needs: {len(drawn)}, and at least 1 must fit and 1 must judge.\n"
-            "  Give more shots, --holdout PATH, or --holdout 0 to judge on the shots that fit."
-        )
-    count = max(1, round(holdout * len(shots)))
-    pool = rest if len(rest) else drawn
-    held = _stratified(shots.labels, pool, min(count, len(rest) or len(drawn) - 1), generator)
-    return shots.take(np.setdiff1d(drawn, held)), shots.take(held)
-
-
-def unseen(held_out: Shots, fit: Shots) -> Shots:
-    """Return the held-out shots that are not, to the byte, among those that fit."""
-
-    def digests(shots: Shots) -> list[bytes]:
-        rows = range(len(shots))
-        return [
-            b"".join(hashlib.sha256(values[row].tobytes()).digest() for values in shots.inputs.values()) for row in rows
-        ]
-
-    known = set(digests(fit))
-    return held_out.take([row for row, digest in enumerate(digests(held_out)) if digest not in known])
+    others = holdout if isinstance(holdout, Shots) else None
+    fraction = None if isinstance(holdout, Shots) else holdout
+    drawn, held = draw(shots, per_class=per_class, max_shots=max_shots, holdout=fraction, seed=seed)
+    if others is not None and not len(others):
+        raise ShotsError("the shots to hold out are none.\n  Give --holdout a path that holds some.")
+    if others is None:
+        drawn, held = (drawn, held) if fraction == 0 else (np.setdiff1d(drawn, held), held)
+    fit = shots.take(drawn)
+    if others is not None or fraction == 0:
+        return fit, others or fit
+    return fit, shots.stream(held) if isinstance(shots, Unread) else shots.take(held)
 
 
 def synthetic(ports: Sequence[Port], count: int, generator: np.random.Generator) -> Shots:
@@ -262,11 +350,17 @@ def synthetic(ports: Sequence[Port], count: int, generator: np.random.Generator)
     return Shots(inputs, None, tuple(f"synthetic[{row}]" for row in range(count)))
 
 
-def _read(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, *, skip_bad: bool, log: Log) -> _Part:
+def _find(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, log: Log) -> _Part:
     if not path.exists():
         raise ShotsError(f"no shots at '{path}'.\n  Give {FORMATS}.")
     if path.suffix.lower() in ARRAY_SUFFIXES and path.is_file():
-        return _read_arrays(path, ports, preprocess, log)
+        return _find_arrays(path, ports, preprocess, log)
+    if folders := tensor_folders(path):
+        arrays, ids = load_tensors(path, folders, [port.name for port in ports])
+        sources: dict[str, Source] = {
+            port.name: Numbers(conform(arrays[port.name], port, preprocess.layout, str(path))) for port in ports
+        }
+        return _Part(str(path), sources, ids)
     if len(ports) > 1:
         names = [port.name for port in ports]
         raise ShotsError(
@@ -274,68 +368,15 @@ def _read(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, *, skip_b
             f"  Give --shots {names[0]}=PATH and so on for each, or an .npz with an array for each."
         )
     (port,) = ports
-    wanted = frame(port, preprocess)
-    if wanted is None:
-        raise ShotsError(
-            f"input '{port.name}' wants {wants(port)}, which images cannot fill.\n"
-            f"  Give an .npz with an array '{port.name}' of that shape, or an .npy."
-        )
+    wanted = image_frame(port, preprocess)
     listing = list_images(path)
     if listing.ignored:
         log(Event("shots", f"'{path}': left aside {some(listing.ignored)}, no images by their names"))
-    pixels, bad = _decode(listing, port, wanted, preprocess, where=str(path), skip_bad=skip_bad, log=log)
-    values = cast(normalize(pixels, wanted, preprocess), port, str(path))
-    check_shape(values, port, str(path))
-    return _Part(
-        where=str(path),
-        inputs={port.name: values},
-        ids=listing.ids,
-        kept=np.setdiff1d(np.arange(len(listing.ids)), bad),
-        labels=listing.labels,
-        classes=listing.classes,
-        skipped=tuple(listing.ids[row] for row in bad),
-    )
+    source = Pictures(listing, port, wanted, preprocess, str(path))
+    return _Part(str(path), {port.name: source}, listing.ids, listing.labels, listing.classes)
 
 
-def _decode(
-    listing: Listing,
-    port: Port,
-    wanted: Frame,
-    preprocess: Preprocess,
-    *,
-    where: str,
-    skip_bad: bool,
-    log: Log,
-) -> tuple[Array, list[int]]:
-    """Return the pixels of the images that can be read, at one size, and the places of those that cannot."""
-    pixels: list[Array] = []
-    names: list[str] = []
-    bad: dict[int, str] = {}
-    total = len(listing.paths)
-    for row, (path, name) in enumerate(zip(listing.paths, listing.ids, strict=True)):
-        try:
-            pixels.append(fit(open_image(path, gray=wanted.gray), wanted, preprocess))
-            names.append(name)
-        except ShotsError as error:
-            bad[row] = f"'{name}' ({error})"
-        log(Event("shots", "", row + 1, total))
-    reasons = f"{'; '.join(list(bad.values())[:5])}{f'; and {len(bad) - 5} more' if len(bad) > 5 else ''}"
-    if bad and (not skip_bad or not pixels):
-        way = "Mend or remove them" + (", or pass --skip-bad to leave them out." if pixels else ".")
-        raise ShotsError(f"{len(bad)} of {total} images of '{where}' cannot be used: {reasons}.\n  {way}")
-    if bad:
-        log(Event("shots", f"left out {len(bad)} of {total} images: {reasons}", total, total, "warning"))
-    odd = next((k for k, image in enumerate(pixels) if image.shape != pixels[0].shape), None)
-    if odd is not None:
-        sizes = [f"'{names[k]}' is {pixels[k].shape[0]} x {pixels[k].shape[1]}" for k in (0, odd)]
-        raise ShotsError(
-            f"the images of '{where}' differ in size: {', '.join(sizes)}.\n"
-            f"  Input '{port.name}' wants {wants(port)}, so give the size: --resize or --crop."
-        )
-    return np.stack(pixels), list(bad)
-
-
-def _read_arrays(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, log: Log) -> _Part:
+def _find_arrays(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, log: Log) -> _Part:
     names = [port.name for port in ports]
     arrays, others = load_arrays(path, {*names, "images", "labels"})
     labels = None if "labels" in names else arrays.pop("labels", None)
@@ -352,44 +393,25 @@ def _read_arrays(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, lo
         )
     if others:
         log(Event("shots", f"'{path}': left aside the keys {some(others)}"))
-    values = {port.name: _fill(arrays[port.name], port, preprocess, str(path)) for port in ports}
+    values = {port.name: of_array(arrays[port.name], port, preprocess, str(path)) for port in ports}
     counts = {name: len(rows) for name, rows in values.items()}
     if len(set(counts.values())) > 1:
         raise ShotsError(f"the arrays of '{path}' have different numbers of rows: {counts}.\n  Axis 0 counts shots.")
     count = counts[names[0]]
     if labels is not None:
         labels = check_labels(labels, count, f"'{path}'")
-    ids = tuple(f"{path.name}[{row}]" for row in range(count))
-    return _Part(str(path), values, ids, np.arange(count), labels)
+    return _Part(str(path), values, tuple(f"{path.name}[{row}]" for row in range(count)), labels)
 
 
-def _fill(array: Array, port: Port, preprocess: Preprocess, where: str) -> Array:
+def fill(array: Array, port: Port, preprocess: Preprocess, where: str) -> Array:
     """Return an array as the input takes it: uint8 images preprocessed, anything else checked and cast."""
-    if array.ndim == 0 or not len(array):
-        raise ShotsError(f"'{where}' holds no rows for input '{port.name}'.\n  Axis 0 counts shots.")
-    wanted = frame(port, preprocess) if array.dtype == np.uint8 else None
-    if wanted is None:
-        return conform(array, port, preprocess.layout, where)
-    pixels = as_pixels(array, wanted, preprocess)
-    if pixels is None:
-        raise ShotsError(
-            f"input '{port.name}' wants {wants(port)}; '{where}' holds uint8 {array.shape}.\n"
-            "  Images are (n, h, w), (n, h, w, c) or (n, c, h, w) with c = 1 or 3."
-        )
-    try:
-        image = pixels[0]
-        if fit(image, wanted, preprocess) is not image:
-            pixels = np.stack([fit(image, wanted, preprocess) for image in pixels])
-    except ShotsError as error:
-        raise ShotsError(f"the images of '{where}' cannot be used: {error}.") from error
-    values = cast(normalize(pixels, wanted, preprocess), port, where)
-    check_shape(values, port, where)
-    return values
+    source = of_array(array, port, preprocess, where)
+    return source.read(np.arange(len(source)))
 
 
-def _labels_of(parts: list[_Part], path: Path | None, kept: Array) -> Array | None:
+def _labels_of(parts: Sequence[_Part], path: Path | None) -> Array | None:
     if path is not None:
-        return read_labels(path, parts[0].ids)[kept]
+        return read_labels(path, parts[0].ids)
     known = [(part.where, part.labels) for part in parts if part.labels is not None]
     for where, classes in known[1:]:
         if not np.array_equal(classes, known[0][1]):
@@ -397,52 +419,27 @@ def _labels_of(parts: list[_Part], path: Path | None, kept: Array) -> Array | No
                 f"'{known[0][0]}' and '{where}' label the same rows differently.\n"
                 "  Put the rows in one order, or pass --labels."
             )
-    return known[0][1][kept] if known else None
+    return known[0][1] if known else None
 
 
-def _check_varied(shots: Shots, log: Log) -> None:
-    """Refuse shots in which nothing varies; warn where only the rows do not."""
+def check_varied(shots: Shots, log: Log, among: Unread | None = None) -> None:
+    """Refuse shots in which nothing varies, unless those varies that they were drawn from; warn of equal rows."""
     values = list(shots.inputs.values())
-    if all(rows.size > 1 and (rows == rows.flat[0]).all() for rows in values):
-        raise ShotsError(
-            f"all values of all {len(shots)} shots are {values[0].flat[0]}: constant data shows nothing.\n"
-            "  Check how the samples were written, and the preset."
-        )
-    if len(shots) > 1 and all((rows == rows[:1]).all() for rows in values):
+    if all(rows.size > 1 and _all_equal(rows, rows[:1].flat[0]) for rows in values):
+        constants = {name: rows[:1].flat[0] for name, rows in shots.inputs.items()}
+        others = among.beside(shots) if among else ()
+        if all((rows == constants[name]).all() for batch in others for name, rows in batch.items()):
+            raise ShotsError(
+                f"all values of all {len(shots)} shots are {values[0][:1].flat[0]}: constant data shows nothing.\n"
+                "  Check how the samples were written, and the preset."
+            )
+    if len(shots) > 1 and all(_all_equal(rows, rows[:1]) for rows in values):
         log(Event("shots", f"all {len(shots)} shots are the same one", level="warning"))
 
 
-def _draw_per_class(shots: Shots, per_class: int, generator: np.random.Generator) -> Array:
-    if shots.labels is None:
-        raise ShotsError(
-            "--per-class needs labels, and the shots have none.\n"
-            "  Put images into a sub-folder for each class, pass --labels FILE, or draw with --max-shots."
-        )
-    drawn = []
-    for label in np.unique(shots.labels):
-        rows = np.flatnonzero(shots.labels == label)
-        if len(rows) < per_class:
-            name = f" '{shots.classes[label]}'" if shots.classes and label < len(shots.classes) else ""
-            raise ShotsError(
-                f"class {label}{name} has {len(rows)} shots, --per-class asks for {per_class}.\n"
-                "  Ask for fewer, or add shots."
-            )
-        drawn.append(generator.choice(rows, per_class, replace=False))
-    return np.sort(np.concatenate(drawn))
+def _all_equal(rows: Array, value: Any) -> bool:
+    return all((rows[start : start + _BATCH] == value).all() for start in range(0, len(rows), _BATCH))
 
 
-def _stratified(labels: Array | None, pool: Array, count: int, generator: np.random.Generator) -> Array:
-    """Draw `count` places from `pool`, each class in proportion: largest remainders, ties at random."""
-    if labels is None:
-        return np.sort(generator.choice(pool, count, replace=False))
-    classes, sizes = np.unique(labels[pool], return_counts=True)
-    quota = sizes * count / len(pool)
-    take = np.floor(quota).astype(np.int64)
-    order = generator.permutation(len(classes))
-    order = order[np.argsort(-(quota - take)[order], kind="stable")]
-    take[order[: count - take.sum()]] += 1
-    drawn = [
-        generator.choice(pool[labels[pool] == label], number, replace=False)
-        for label, number in zip(classes, take, strict=True)
-    ]
-    return np.sort(np.concatenate(drawn))
+def _picked(values: Array, rows: Array) -> Array:
+    return cast(Array, values.pick(rows)) if isinstance(values, Rows) else values[rows]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import onnx
 from pydantic_core import to_jsonable_python
 
 from xdonnx.cost import measure_cost
-from xdonnx.errors import VerifyError
+from xdonnx.errors import ShotsError, VerifyError
 from xdonnx.events import Event, Log, ignore
 from xdonnx.fidelity import Array, Samples, compare, fixed_batch
 from xdonnx.gate import Gate, judge, verdict
@@ -23,12 +24,27 @@ from xdonnx.model import Interface, differences, file_bytes, fingerprint, interf
 from xdonnx.report import Fidelity, Figures, FileInfo, Files, InterfaceCheck, Latency, Report, tool
 from xdonnx.runtime import answer, open_session
 
-# However slow a model is, so many runs of it are timed after the warm-up.
-_FEWEST_RUNS = 3
-
+# However slow a model is, so many runs of it are timed after the warm-up: fewer say nothing of the noise.
+_FEWEST_RUNS = 7
+# Samples that fitted which are looked at again, at most, to see what the student learned by heart.
+_FITTED = 64
+# A warning is due where new samples are surely answered so many times worse than those that fitted, and by more than
+# such a relative error: least squares on few samples always fits those somewhat better, and often does no harm.
+_OVERFIT, _HARMLESS = 3.0, 0.05
 
 # A teacher that is this little better than chance was most likely fed otherwise than it was trained.
 _CLUELESS = 0.15
+
+
+@dataclass(frozen=True, eq=False)
+class _Unlabelled:
+    """Samples without their classes."""
+
+    inputs: Mapping[str, Array]
+    labels: None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
 
 
 def verify(
@@ -46,8 +62,9 @@ def verify(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     shots_path: str = "",
     threads: int = 0,
-    seconds: float = 2.0,
+    seconds: float = 1.0,
     known: Fidelity | None = None,
+    fitted: Samples | None = None,
     log: Log = ignore,
 ) -> Report:
     """Compare two ONNX files in every respect and judge the second.
@@ -62,6 +79,8 @@ def verify(
         Of the intervals where the gate sets none; whether the student was fitted without these samples.
     known : Fidelity, optional
         What `compare` found on these samples and weights, so that it is not measured again.
+    fitted : Samples, optional
+        Those that fitted the student, to see whether it learned them by heart.
     shapes : dict of str to tuple of int, optional
         Inputs that MACs are counted for; by default of one sample, or of the graph's own batch.
 
@@ -88,6 +107,9 @@ def verify(
         how: dict[str, Any] = {"device": device, "confidence": confidence, "held_out": held_out, "log": log}
         fidelity, wrong = (known, []) if known else _answers(teacher, student, shots, seed, **how)
         reasons += wrong
+        if fidelity is not None and fitted is not None:
+            own = _fit_error(teacher, student, fitted, device)
+            fidelity = fidelity.model_copy(update={"fit_error": own})
         costs = _timed([teacher, student], costs, feed, device, threads=threads, seconds=seconds, log=log)
     if fidelity is not None:
         gates = judge(costs[0], costs[1], fidelity, gate)
@@ -152,13 +174,44 @@ def latency(
     list of Latency
         Of each model, with the provider that really ran it.
     """
+    times, ran = turns(models, feeds, device=device, threads=threads, repeats=repeats, seconds=seconds, log=log)
+    quartiles = np.percentile(times, (25, 50, 75), axis=0).T
+    return [
+        Latency(
+            q1=float(q1),
+            median=float(median),
+            q3=float(q3),
+            provider=provider,
+            threads=threads,
+            runs=len(times),
+            batch=max(len(values) for values in feed.values()),
+        )
+        for (q1, median, q3), provider, feed in zip(quartiles, ran, feeds, strict=True)
+    ]
+
+
+def turns(
+    models: Sequence[str | Path | onnx.ModelProto],
+    feeds: Sequence[Mapping[str, Array]],
+    *,
+    device: str = "cpu",
+    threads: int = 0,
+    repeats: int = 200,
+    seconds: float = 2.0,
+    warm_up: float | None = None,
+    log: Log = ignore,
+) -> tuple[Array, list[str]]:
+    """Return the milliseconds of every run, (runs, models), and the provider of each model.
+
+    Parameters are those of :func:`latency`; `warm_up` is in seconds, by default a tenth of `seconds`.
+    """
     sessions = [open_session(model, device=device, threads=threads, spin=False) for model in models]
     pairs = list(zip(sessions, feeds, strict=True))
     clock = time.perf_counter()
     for _ in range(repeats):
         for session, feed in pairs:
             answer(session, feed)
-        if time.perf_counter() - clock > seconds / 10:
+        if time.perf_counter() - clock > (seconds / 10 if warm_up is None else warm_up):
             break
     times: list[list[float]] = []
     clock = time.perf_counter()
@@ -170,19 +223,7 @@ def latency(
             turn.append(1000 * (time.perf_counter() - start))
         times.append(turn)
         log(Event("latency", done=len(times), total=repeats))
-    quartiles = np.percentile(np.array(times), (25, 50, 75), axis=0).T
-    return [
-        Latency(
-            q1=float(q1),
-            median=float(median),
-            q3=float(q3),
-            provider=session.get_providers()[0],
-            threads=threads,
-            runs=len(times),
-            batch=max(len(values) for values in feed.values()),
-        )
-        for (q1, median, q3), (session, feed) in zip(quartiles, pairs, strict=True)
-    ]
+    return np.array(times), [session.get_providers()[0] for session in sessions]
 
 
 def _noting(log: Log, warnings: list[str]) -> Log:
@@ -248,6 +289,17 @@ def _answers(
         return None, [str(error)]
 
 
+def _fit_error(teacher: str | Path, student: str | Path, fitted: Samples, device: str) -> float | None:
+    """Return the relative L2 of the worst output on some of the samples that fitted, spread over all of them."""
+    step = max(1, len(fitted) // _FITTED)
+    some = _Unlabelled({name: values[::step] for name, values in fitted.inputs.items()})
+    try:
+        found = compare(teacher, student, some, generator=np.random.default_rng(0), device=device)
+    except (ShotsError, VerifyError):  # too few for a batch; no numbers: the judging samples have told already
+        return None
+    return max((output.relative_l2 for output in found.outputs if output.relative_l2 is not None), default=None)
+
+
 def _shapes(feed: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     return {name: values.shape for name, values in feed.items()}
 
@@ -310,6 +362,16 @@ def _caution(fidelity: Fidelity, gate: Gate, confidence: float, classes: int, lo
         what = "any drop" if least is None else f"a drop below {least:.2f} points"
         text = f"{of} cannot tell {what} from none ({100 * confidence:g} % confidence)"
         log(Event("verify", text, level="warning"))
+    bounds = [output for output in fidelity.outputs if output.relative_l2 is not None]
+    worst = max(bounds, key=lambda output: output.relative_l2 or 0.0, default=None)
+    edge = max(_HARMLESS, _OVERFIT * fidelity.fit_error) if fidelity.fit_error is not None else math.inf
+    if worst is not None and (worst.low or 0.0) > edge:
+        text = (
+            f"overfitted: the relative error is {fidelity.fit_error:.4f} on samples that fitted and "
+            f"{worst.relative_l2:.4f} on {of}; give more or more varied samples, remove less, or pull harder toward "
+            "the teacher (--ridge)"
+        )
+        log(Event("verify", text, level="warning"))
     if fidelity.accuracy_teacher is not None and classes > 1:
         chance = 100 / classes
         if fidelity.accuracy_teacher < chance + _CLUELESS * (100 - chance):
@@ -330,6 +392,7 @@ def _shots(shots: Samples, path: str) -> FileInfo:
     named = dict(shots.inputs) | ({} if shots.labels is None else {"": shots.labels})
     for name, values in sorted(named.items()):
         digest.update(f"{name} {values.dtype} {values.shape}".encode())
-        digest.update(np.ascontiguousarray(values).data)
+        for start in range(0, len(values), 64):  # what is asked for is read: all at once may not fit
+            digest.update(np.ascontiguousarray(values[start : start + 64]).data)
         size += values.nbytes
     return FileInfo(path=path, sha256=digest.hexdigest(), bytes=size)

@@ -239,10 +239,6 @@ def _job(row: Row, method: Method, files: Mapping[str, Path], per_class: int | N
             preprocess=xdonnx.Preprocess(row.preset),
             seed=seed,
         )
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise JobError(f"{where}, options, {field}: {first['msg']}.\n  It says {first['input']!r}.") from error
     except JobError as error:
         raise JobError(f"{where}: {error}") from error
     known = available()

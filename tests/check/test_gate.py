@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xdonnx.errors import JobError
 from xdonnx.gate import Gate, judge, rejudge, verdict
@@ -205,3 +207,57 @@ def test_a_failed_job_stays_failed_whatever_the_limits() -> None:
 def test_a_job_that_failed_before_it_measured_is_not_judged() -> None:
     report = a_report(None, status="failed", exit_code=6, reasons=("opset",))
     assert rejudge(report, Gate(max_drop=1)) == report
+
+
+def read(text: str) -> tuple[float, str]:
+    """Return the number and the unit of '0.50 points', '12.34 %' or '1.050'."""
+    number, _, unit = text.replace(",", "").partition(" ")
+    return float(number), unit
+
+
+limits = st.one_of(
+    st.floats(0, 120, allow_subnormal=False),
+    st.decimals(0, 100, places=2).map(float),
+    st.builds(lambda near, off: near / 100 + off, st.integers(0, 300), st.sampled_from([0.0, 1e-9, -1e-17, 1e-13])),
+).filter(lambda limit: limit >= 0)
+
+
+@given(
+    counts=st.integers(1, 2000).flatmap(
+        lambda n: st.tuples(st.integers(0, n), st.just(n)),
+    ),
+    share=st.floats(0, 3),
+    sizes=st.tuples(st.integers(1, 10**9), st.integers(1, 10**9)),
+    times=st.tuples(st.floats(1e-3, 1e4), st.floats(1e-3, 1e4)),
+    limit=limits,
+    name=st.sampled_from(["max_drop", "max_error", "min_shrink", "max_latency_ratio"]),
+    confidence=st.sampled_from([None, 0.95]),
+)
+def test_who_reads_the_line_comes_to_the_same_verdict(counts, share, sizes, times, limit, name, confidence) -> None:
+    """Rounding never decides: the numbers as printed are compared, the limit among them."""
+    lost, samples = counts
+    fidelity = agreement(lost, samples).model_copy(update={"outputs": error(share, high=1.1 * share).outputs})
+    limit = limit / 130 if name == "min_shrink" else limit
+    gate = Gate(**{name: limit}, confidence=confidence)
+    teacher, student = (figures(size, time) for size, time in zip(sizes, times, strict=True))
+
+    (result,) = judge(teacher, student, fidelity, gate)
+
+    line = gate_line(result).removeprefix(f"{name}: ")
+    measured, _, asked = line.partition(", allowed ")
+    judged = measured.partition(" (bound ")[2].removesuffix(")") or measured
+    most, word = asked.startswith("at most "), asked.removeprefix("at most ").removeprefix("at least ")
+    (number, unit), (wanted, same) = read(judged), read(word)
+    assert unit == same
+    assert result.passed is (number <= wanted if most else number >= wanted)
+
+
+@given(sizes=st.tuples(st.integers(1, 10**9), st.integers(1, 10**9)), name=st.sampled_from(["smaller", "removed"]))
+def test_counts_are_judged_as_they_are_printed(sizes, name) -> None:
+    teacher, student = (
+        Figures(bytes=size, params=size, nonzero=size, macs=1, latency_ms=figures(1, 1.0).latency_ms) for size in sizes
+    )
+    (result,) = (r for r in judge(teacher, student, None, Gate(strict=True)) if r.name == name)
+
+    assert read(gate_line(result).removeprefix(f"{name}: ").partition(", allowed")[0])[0] == sizes[0] - sizes[1]
+    assert result.passed is (sizes[0] > sizes[1])

@@ -8,27 +8,16 @@ from pathlib import Path
 import jsonschema
 import pytest
 from pydantic import ValidationError
+from reports import full_report, layer
 
 from xdonnx.errors import JobError, MachineError
+from xdonnx.publication import write_report
 from xdonnx.report import (
-    Drop,
-    Fidelity,
-    Figures,
-    FileInfo,
-    Files,
-    GateResult,
-    InterfaceCheck,
-    Latency,
-    LayerResult,
-    OutputError,
-    Report,
-    Tool,
     read_report,
     schema,
-    summary,
     tool,
-    write_report,
 )
+from xdonnx.summary import summary
 
 # As the documentation of the command line lists them.
 PROMISED = {
@@ -54,93 +43,17 @@ def no_step_summary(monkeypatch) -> None:
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
 
-def latency(median: float) -> Latency:
-    return Latency(
-        median=median,
-        q1=0.9 * median,
-        q3=1.1 * median,
-        provider="CPUExecutionProvider",
-        threads=2,
-        runs=50,
-        batch=1,
-    )
-
-
-def layer(number: int, error: float | None) -> LayerResult:
-    return LayerResult(
-        layer=f"conv|{number}",
-        op="Conv",
-        kept=4,
-        units=8,
-        params_before=100,
-        params_after=50,
-        macs_before=1000,
-        macs_after=None,
-        objective_before=error,
-        objective_after=error,
-        seconds=0.5,
-        note="",
-    )
-
-
-def full_report(**changes) -> Report:
-    facts = {
-        "status": "rejected",
-        "exit_code": 3,
-        "reasons": ("max_drop: 2.00 points, allowed at most 1 points",),
-        "started": "2026-11-21T08:00:00+00:00",
-        "seconds": 12.3,
-        "tool": Tool(version="0.1.0", onnx="1", onnxruntime="2", torch=None),
-        "command": "xdonnx compress 'my model.onnx' -o out.onnx",
-        "job": {"keep": 0.5, "method": ["cross"], "shots": None},
-        "seed": 3,
-        "device": "cpu",
-        "files": Files(teacher=FileInfo(path="a.onnx", sha256="ab", bytes=2000)),
-        "teacher": Figures(bytes=2000, params=400, nonzero=399, macs=5000, latency_ms=latency(2.0)),
-        "student": Figures(bytes=1000, params=200, nonzero=200, macs=2500, latency_ms=latency(1.0)),
-        "fidelity": Fidelity(
-            samples=50,
-            held_out=True,
-            top1_agreement=94.0,
-            accuracy_teacher=90.0,
-            accuracy_student=88.0,
-            drop=Drop(
-                value=2.0,
-                low=-3.1,
-                high=8.2,
-                confidence=0.95,
-                of="accuracy",
-                method="tango",
-                lost=2,
-                gained=1,
-            ),
-            smallest_drop=8.0,
-            outputs=(OutputError(name="logits", relative_l2=0.12, max_abs=1.5, cosine=0.99),),
-        ),
-        "gates": (
-            GateResult(
-                name="max_drop",
-                value=2.0,
-                bound=2.0,
-                limit=1.0,
-                unit="points",
-                level="fail",
-                passed=False,
-            ),
-        ),
-        "layers": tuple(layer(number, error) for number, error in enumerate([0.1, None, 0.7, 0.3, 0.2, 0.6, 0.5])),
-        "interface": InterfaceCheck(opset=("opset 18, the teacher has 17",)),
-        "warnings": ("50 held-out samples can show a drop of 8.00 points at best",),
-    }
-    return Report(**facts | changes)
-
-
 def test_a_report_survives_the_disk(tmp_path: Path) -> None:
     report = full_report()
     write_report(report, tmp_path / "out.report")
     assert read_report(tmp_path / "out.report" / "report.json") == report
     assert read_report(tmp_path / "out.report") == report
-    assert sorted(file.name for file in (tmp_path / "out.report").iterdir()) == ["report.json", "summary.md"]
+    assert sorted(file.name for file in (tmp_path / "out.report").iterdir()) == [
+        "junit.xml",
+        "report.html",
+        "report.json",
+        "summary.md",
+    ]
 
 
 def test_the_written_report_has_the_promised_keys_and_keeps_its_schema(tmp_path: Path) -> None:
@@ -185,6 +98,55 @@ def test_what_a_newer_minor_version_adds_is_passed_over(tmp_path: Path) -> None:
     jsonschema.validate(raw, schema())
     (tmp_path / "report.json").write_text(json.dumps(raw))
     assert read_report(tmp_path) == full_report(schema_version="1.7")
+
+
+OLD = """{
+  "schema_version": "1.0", "status": "rejected", "exit_code": 3,
+  "reasons": ["max_drop: 2.00 points, allowed at most 1 points"],
+  "started": "2026-03-01T08:00:00+00:00", "seconds": 12.3,
+  "tool": {"name": "xdonnx", "version": "0.1.0", "onnx": "1.17", "onnxruntime": "1.20", "torch": null},
+  "command": "xdonnx verify a.onnx b.onnx --shots c", "job": {}, "seed": 3, "device": "cpu",
+  "files": {"teacher": {"path": "a.onnx", "sha256": "ab", "bytes": 2000}, "student": null, "shots": null},
+  "teacher": {"bytes": 2000, "params": 400, "nonzero": 399, "macs": 5000, "latency_ms": null},
+  "student": {"bytes": 1000, "params": 200, "nonzero": 200, "macs": 2500, "latency_ms": null},
+  "fidelity": {
+    "samples": 50, "held_out": true, "top1_agreement": 94.0, "accuracy_teacher": 90.0, "accuracy_student": 88.0,
+    "drop": {"value": 2.0, "low": -3.1, "high": 8.2, "confidence": 0.95, "of": "accuracy", "method": "tango",
+             "lost": 2, "gained": 1},
+    "smallest_drop": 8.0,
+    "outputs": [{"name": "logits", "relative_l2": 0.12, "low": null, "high": null, "confidence": null,
+                 "max_abs": 1.5, "cosine": 0.99, "agreement": null}]
+  },
+  "gates": [{"name": "max_drop", "value": 2.0, "bound": 2.0, "limit": 1.0, "unit": "points", "level": "fail",
+             "passed": false}],
+  "layers": [], "interface": {"inputs": "same", "outputs": "same", "opset": "same", "metadata": "same"},
+  "warnings": [], "fit_samples": null
+}"""
+
+
+def test_a_report_of_the_first_schema_reads_and_is_drawn_in_every_form(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(OLD)
+    report = read_report(tmp_path)
+    assert report.schema_version == "1.0" and report.fidelity.worst == () and report.fidelity.drop.lost == 2
+    jsonschema.validate(json.loads(OLD), schema())
+    drawn = write_report(report, tmp_path / "again")
+    assert [path.name for path in drawn] == ["report.json", "summary.md", "junit.xml", "report.html"]
+    assert read_report(drawn[0]) == report and "Rejected" in drawn[3].read_text()
+
+
+def test_a_report_of_another_major_version_names_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"schema_version": "2.1", "tool": {"version": "3.4.5"}}')
+    with pytest.raises(JobError, match=r"has schema 2\.1, this xdonnx reads 1\.\d.\n.*pip install xdonnx==3\.4\.5"):
+        read_report(tmp_path)
+
+
+def test_a_report_that_cannot_be_drawn_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
+    write_report(full_report(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(MachineError, match="No space left"):
+        write_report(full_report(seconds=99.0), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_older_report_without_the_optional_keys_reads(tmp_path: Path) -> None:

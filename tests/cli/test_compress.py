@@ -22,7 +22,8 @@ def test_a_student_and_its_report_are_written(compressed: Compressed) -> None:
 
     assert ended.code == 0, ended.err
     assert sorted(listing(folder)) == [
-        "run.json", "student.onnx", "student.report", "student.report/report.json", "student.report/summary.md",
+        "run.json", "student.onnx", "student.report", "student.report/junit.xml", "student.report/report.html",
+        "student.report/report.json", "student.report/summary.md",
     ]  # fmt: skip
     teacher, student = read_proto(TEACHER), read_proto(folder / "student.onnx")
     assert differences(interface(teacher), interface(student)) == []
@@ -54,7 +55,8 @@ def test_a_dry_run_prints_job_and_plan_and_writes_nothing(here: Path) -> None:
 
     assert ended.code == 0, ended.err
     assert listing(here) == {}
-    assert re.search(r"^  preset +unit *$", ended.out, re.M) and re.search(r"^  max-drop +2\.0 *$", ended.out, re.M)
+    assert re.search(r"^  preset +unit +command line *$", ended.out, re.M)
+    assert re.search(r"^  max-drop +2\.0 +command line *$", ended.out, re.M)
     assert re.search(r"^  samples +80 fit, 20 judge", ended.out, re.M)
     assert re.search(r"^  /gate/gate.1/Conv_output_0 +12 +24 +/gate/gate.3/Conv_output_0", ended.out, re.M)
 
@@ -86,8 +88,8 @@ def test_a_failed_gate_keeps_the_candidate_aside_and_touches_nothing_else(here: 
     assert (here / "student.onnx").read_bytes() == b"the one that is in use"
     onnx.checker.check_model(here / "student.rejected.onnx")
     assert sorted(listing(here)) == [
-        "student.onnx", "student.rejected.onnx", "student.report", "student.report/report.json",
-        "student.report/summary.md",
+        "student.onnx", "student.rejected.onnx", "student.report", "student.report/junit.xml",
+        "student.report/report.html", "student.report/report.json", "student.report/summary.md",
     ]  # fmt: skip
     report = read_report(here / "student.report")
     assert (report.status, report.exit_code) == ("rejected", 3)
@@ -151,9 +153,9 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_student(here: Path, m
     def full(*_: object, **__: object) -> None:
         raise MachineError("cannot write the report to 'student.report': no space left.")
 
-    monkeypatch.setattr("xdonnx.report.write_report", full)
+    monkeypatch.setattr("xdonnx.publication.write_report", full)
 
-    ended = call("compress", TEACHER, *SHOTS, "-o", "student.onnx", "--method", "l1-norm", "--keep", "0.9")
+    ended = call("compress", TEACHER, *SHOTS, "-o", "student.onnx", "--method", "l1-norm", "--keep", "0.5")
 
     assert ended.code == 8 and "no space left" in ended.err and "whole, and passed: 'student.onnx'" in ended.err
     assert sorted(listing(here)) == ["student.onnx"]

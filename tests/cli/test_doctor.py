@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ from program import call
 from xdonnx import doctor
 
 WELL = {
-    "xdonnx": "0.1.0", "numpy": "2.0", "onnx": "1.18", "onnx-ir": "1.1", "onnx2torch": "1.5.15", "torch": "2.7.0",
+    "xdonnx": "0.1.0", "numpy": "2.0", "onnx": "1.18", "onnx-ir": "1.1", "onnxscript": "0.5", "protobuf": "6",
+    "jinja2": "3.1", "onnx2torch": "1.5.15", "torch": "2.7.0",
     "torchvision": "0.22.0", "pillow": "11", "pydantic": "2.9", "typer": "0.20", "rich": "14",
     "onnxruntime-gpu": "1.22",
 }  # fmt: skip
@@ -45,6 +49,23 @@ def test_this_machine_can_compress() -> None:
 
     assert ended.code == 0, ended.out
     assert "onnx2torch: " in ended.out and "All that compress needs is here." in ended.out
+
+
+def test_json_has_all_of_it() -> None:
+    ended = call("doctor", "--json")
+
+    found = json.loads(ended.out)
+    assert ended.code == 0 and found["well"] is True and not ended.err
+    assert found["versions"]["xdonnx"] and found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["devices"][0] == "cpu" and "CPUExecutionProvider" in found["providers"]
+    assert {"name", "text", "state", "cure"} == set(found["findings"][0])
+
+
+def test_all_that_the_project_depends_on_is_looked_at() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
+
+    assert names == {*doctor.NEEDED, *doctor.RUNTIMES}
 
 
 def test_a_machine_with_nothing_wrong_has_nothing_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +114,8 @@ def test_a_gpu_that_all_can_use_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert health.well and not any(finding.cure for finding in health.findings)
     assert "2.7.0, CUDA 12.6: H100" in {finding.text for finding in health.findings}
+    assert health.devices == ("cpu", "cuda:0")
+    assert health.providers == ("CPUExecutionProvider", "CUDAExecutionProvider")
 
 
 def package(folder: Path, name: str, version: str, source: str) -> None:

@@ -9,21 +9,32 @@ from pathlib import Path
 import pytest
 from program import call
 
+from xdonnx_cli.app import COMMANDS
+
 DATA = "--shots --labels --per-class --max-shots --holdout --skip-bad --synthetic-shots"
 PIXELS = "--preset --mean --std --scale --color --layout --resize --crop --input-shape"
 LIMITS = "--max-drop --max-error --min-shrink --max-latency-ratio --confidence --warn-only"
 FLAGS = {
     "compress": f"{DATA} {PIXELS} {LIMITS} --macs --params --keep --structure --include --exclude --round-to "
     "--plan --allocation --residual --method --connection --mu --alpha --beta --solver --ridge --preset-effort --out "
-    "-o --force --external-data --report-dir --json --device --seed --dry-run --quiet -q --verbose -v --no-progress",
+    "-o --force --external-data --report-dir --json --device --seed --dry-run --quiet -q --verbose -v --no-progress "
+    "--config -h --help",
     "plan": f"{DATA} {PIXELS} --macs --params --keep --structure --include --exclude --round-to --residual "
     "--allocation --out -o --force --json --device --seed --quiet -q --verbose -v --no-progress",
-    "inspect": "--json --input-shape",
+    "inspect": "--json --input-shape --config",
     "verify": f"{DATA} {PIXELS} {LIMITS} --report-dir --json --device --seed -q -v --no-progress",
-    "gate": f"{LIMITS} --json -q",
+    "gate": f"{LIMITS} --json -q --config",
+    "bench": "--shots --input-shape --json --config",
+    "report": "--html --junit --markdown -q -v",
     "methods": "",
-    "doctor": "",
+    "doctor": "--json",
+    "init": "--force",
+    "schema": "--config",
 }
+
+
+def test_the_table_above_has_every_command() -> None:
+    assert set(FLAGS) == {command.__name__ for command, _ in COMMANDS}
 
 
 @pytest.mark.parametrize("width", [60, 160])
@@ -35,6 +46,7 @@ def test_help_names_every_flag_and_has_an_example(command: str, width: int) -> N
     for flag in FLAGS[command].split():
         assert re.search(rf"(?<![\w-]){flag}(?![\w-])", ended.out), flag
     assert f"xdonnx {command}" in ended.out.partition("Examples:")[2]
+    assert not re.search(r"<bool>|_help", ended.out), "a switch takes no value"
     assert max(map(len, ended.out.splitlines())) <= width
 
 
@@ -44,6 +56,7 @@ def test_the_program_lists_its_commands_and_exit_codes() -> None:
     assert ended.code == 0
     for command in FLAGS:
         assert re.search(rf"^│ {command} ", ended.out, re.M), command
+    assert "<bool>" not in ended.out
     assert "3 gate failed" in ended.out and "130 interrupted" in ended.out
 
 

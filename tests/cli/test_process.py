@@ -20,7 +20,7 @@ def test_nothing_but_compress_and_plan_imports_torch(compressed: Compressed, tmp
 import sys
 from xdonnx_cli.app import run
 heavy = ("torch", "onnx", "onnxruntime", "numpy", "PIL")
-for command in ("", "compress", "plan", "inspect", "verify", "gate", "methods", "doctor"):
+for command in ("", "compress", "plan", "inspect", "verify", "report", "gate", "methods", "doctor"):
     assert run([*([command] if command else []), "--help"]) == 0
 assert run(["--version"]) == run(["methods"]) == 0
 assert not set(heavy) & set(sys.modules), "help and methods have to be instant"

@@ -11,6 +11,7 @@ import pytest
 from helpers import same_answers, same_interface
 from onnx import numpy_helper
 
+from xdonnx.gate import Gate
 from xdonnx.graph import read_net
 from xdonnx.job import Job, run
 from xdonnx.patch import Patch, cut, masked
@@ -161,7 +162,17 @@ g (float[N,3,8,8] image, float[8,3,3,3] w1, float[8] b1, float[8,8,3,3] wm, floa
   o2 = Conv (r, wh)
 }"""
     onnx.save(nets.from_text(text), tmp_path / "t.onnx")
-    run(Job(model=tmp_path / "t.onnx", out=tmp_path / "s.onnx", synthetic_shots=20, structure="element", keep=0.5))
+    gate = Gate(warn_only=("smaller", "not_slower"))
+    run(
+        Job(
+            model=tmp_path / "t.onnx",
+            out=tmp_path / "s.onnx",
+            synthetic_shots=20,
+            structure="element",
+            keep=0.5,
+            gate=gate,
+        )
+    )
     before, after = (onnx.load(tmp_path / name) for name in ("t.onnx", "s.onnx"))
     head = [next(numpy_helper.to_array(t) for t in m.graph.initializer if t.name == "wh") for m in (before, after)]
     assert np.array_equal(*head)

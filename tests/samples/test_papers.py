@@ -277,7 +277,7 @@ def test_processes_find_what_one_process_found_and_an_interrupt_ends_them_at_onc
         ('shots = "', '# "', r"row 1 'VGG', shots: missing"),
         ("keep =", "kep =", r"row 'VGG', options: 'kep' is no field of a Job. Did you mean 'keep'\?"),
         ("keep = 0.05", "seed = 3", r"row 'VGG', options: 'seed' is said outside of options"),
-        ("keep = 0.05", 'keep = "much"', r"row 'VGG', method 'cross', options, keep: Input should be a valid number"),
+        ("keep = 0.05", 'keep = "much"', r"row 'VGG', method 'cross': keep is 'much'\.\n  It takes a number"),
         ('preset = "unit"', 'preset = "unt"', r"row 'VGG', method 'cross': unknown --preset 'unt'"),
         ('"l1-norm"', '"l1-nrom"', r"method 'smallest': this xdonnx has no method 'l1-nrom'. Did you mean 'l1-norm'\?"),
         ("digits_vgg", "digits_vvg", r"row 'VGG', model: nothing at '.*digits_vvg.onnx'.\n  --data DIR or XDONNX_DATA"),

@@ -1,0 +1,269 @@
+"""`xdonnx bench`: how long models take in onnxruntime, timed in turns, and how sure the difference is."""
+
+from __future__ import annotations
+
+import json as encoder
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from xdonnx.errors import JobError, ModelError, ShotsError
+from xdonnx_cli.flags import Pixels, Sizes, Talk, data, running
+from xdonnx_cli.output import check_json, put_json, tables
+from xdonnx_cli.progress import told
+from xdonnx_cli.terminal import plain_table, room, say, shortened
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from xdonnx.events import Log
+    from xdonnx.images import Preprocess
+    from xdonnx.model import Port
+
+    Feed = dict[str, np.ndarray[Any, Any]]
+
+ROUNDS, SECONDS, WARM_UP = 1000, 2.0, 0.3
+# Rounds are cut into so many spans of time; the ratio of each is one vote on the true one.
+_SPANS = 10
+
+_SHOTS = (
+    "Feed real samples: a folder of images, .npz or .npy. NAME=PATH, repeated, for several inputs. Default: random "
+    "numbers of the graph's types and shapes."
+)
+_BATCH = "Samples in each run. Default: as many as the graph fixes, else 1."
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one model takes, in milliseconds, and what that is of the first one's time.
+
+    Parameters
+    ----------
+    model : Path
+    bytes : int
+        Of the file and its external data.
+    median, q1, q3 : float
+    provider : str
+        What really ran it.
+    ratio : float
+        Of the medians.
+    low, high : float
+        Between these the ratio lies with at least 95 % confidence, slow drifts of the machine included; six runs
+        are the fewest that can say so.
+    """
+
+    model: Path
+    bytes: int
+    median: float
+    q1: float
+    q3: float
+    provider: str
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """What can be said of it beside the first model."""
+        if self.low > 1:
+            return "slower"
+        return "faster" if self.high < 1 else "no difference"
+
+
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL...", help="ONNX files; the first one is 1.", show_default=False)
+    ],
+    pixels: Pixels,
+    sizes: Sizes,
+    talk: Talk,
+    shots: Annotated[list[str] | None, data("--shots", "PATH", _SHOTS)] = None,
+    batch: Annotated[int | None, data("--batch", "N", _BATCH, min=1)] = None,
+    rounds: Annotated[
+        int | None, running("--rounds", "N", f"Runs of each model, at most. Default: {ROUNDS}.", min=3)
+    ] = None,
+    seconds: Annotated[
+        float | None, running("--seconds", "S", f"For all models together, at most. Default: {SECONDS:g}.", min=0.01)
+    ] = None,
+    threads: Annotated[int, running("--threads", "N", "Within an operator; 0: onnxruntime's own choice.", min=0)] = 0,
+    device: Annotated[str, running("--device", "NAME", "cpu or cuda:0.")] = "cpu",
+    seed: Annotated[int, running("--seed", "N", "Of the random numbers.", min=0)] = 0,
+) -> int:
+    """Time one or several models in onnxruntime, in turns, so that whatever else the machine does hits all alike.
+
+    Median and quartiles of each after a warm-up, and its ratio to the first model with the band that noise leaves.
+    """
+    preprocess, shapes = pixels.preprocess(), sizes.shapes()
+    check_json(talk.json)
+    from xdonnx.doctor import check_device
+    from xdonnx.model import file_bytes, interface, read_proto
+    from xdonnx.verification import turns
+
+    check_device(device)
+    ports = [_sized(interface(read_proto(model)).inputs, shapes) for model in models]
+    _check_names(shapes, ports)
+    batches = [_batch_of(mine, batch, shapes) for mine in ports]
+    # A number of rounds alone is a wish for exactly so many.
+    ends = seconds or (SECONDS if rounds is None else math.inf)
+    with told(talk) as log:
+        feeds = _feeds(ports, batches, shots, preprocess, seed, log)
+        times, ran = turns(
+            models,
+            feeds,
+            device=device,
+            threads=threads,
+            repeats=rounds or ROUNDS,
+            seconds=ends,
+            warm_up=min(WARM_UP * len(models), ends / 10),
+            log=log,
+        )
+    found = [
+        _timing(model, file_bytes(model), times, at, provider)
+        for at, (model, provider) in enumerate(zip(models, ran, strict=True))
+    ]
+    facts = {
+        "inputs": "samples" if shots else "random numbers",
+        "batch": batches[0],
+        "runs": len(times),
+        "threads": threads,
+        "device": device,
+    }
+    put_json(talk.json, encoder.dumps({**facts, "models": _rows(found, feeds)}, indent=2))
+    _show(tables(talk), found, facts, feeds[0], quiet=talk.quiet)
+    return 0
+
+
+def _feeds(
+    ports: Sequence[Sequence[Port]],
+    batches: Sequence[int],
+    shots: list[str] | None,
+    preprocess: Preprocess,
+    seed: int,
+    log: Log,
+) -> list[Feed]:
+    """Return what each model is fed, run after run."""
+    from xdonnx.shots import read_shots
+
+    if not shots:
+        return [_random(mine, batch, seed) for mine, batch in zip(ports, batches, strict=True)]
+    inputs = [read_shots(shots, mine, preprocess, log=log).inputs for mine in ports]
+    return [_first(values, batch) for values, batch in zip(inputs, batches, strict=True)]
+
+
+def _rows(found: Sequence[Timing], feeds: Sequence[Feed]) -> list[dict[str, Any]]:
+    """Return the models for --json."""
+    return [
+        {
+            **vars(timing),
+            "model": str(timing.model),
+            "verdict": timing.verdict if at else "first",
+            "shapes": {name: list(values.shape) for name, values in feed.items()},
+        }
+        for at, (timing, feed) in enumerate(zip(found, feeds, strict=True))
+    ]
+
+
+def _sized(ports: Sequence[Port], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Port, ...]:
+    """Return a model's inputs with the sizes that were given for those of them that it has."""
+    from xdonnx.model import sized
+
+    names = {port.name for port in ports}
+    return sized(ports, {name: shape for name, shape in shapes.items() if name in names})
+
+
+def _check_names(shapes: Mapping[str, Any], ports: Sequence[Sequence[Port]]) -> None:
+    names = list(dict.fromkeys(port.name for mine in ports for port in mine))
+    for name in shapes:
+        if name not in names:
+            raise JobError(f"--input-shape: no model has an input '{name}'.\n  Inputs: {', '.join(names)}.")
+
+
+def _batch_of(ports: Sequence[Port], asked: int | None, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how many samples a run takes."""
+    fixed = {port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], int)}
+    if asked is not None and fixed - {asked}:
+        raise JobError(f"--batch {asked}: the graph takes {max(fixed)} samples at once.\n  Leave --batch out.")
+    given = [shapes[port.name][0] for port in ports if port.name in shapes]
+    return asked or max(fixed, default=0) or next(iter(given), 1)
+
+
+def _random(ports: Sequence[Port], batch: int, seed: int) -> Feed:
+    """Return random numbers that the graph can take.
+
+    Integers are 0 and 1, but for uint8, which are pixels: an input may index a table of unknown length.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    feed: Feed = {}
+    for port in ports:
+        if port.shape is None or any(not isinstance(size, int) for size in port.shape[1:]):
+            raise JobError(f"input '{port}' leaves its size open.\n  Choose one: --input-shape {port.name}:1x3x224x224")
+        whole = [size for size in port.shape if isinstance(size, int)]
+        shape = (batch, *whole[len(whole) - len(port.shape) + 1 :]) if port.shape else ()
+        try:
+            dtype = np.dtype(port.dtype)
+        except TypeError as error:
+            raise ModelError(f"input '{port}' takes no numbers, so none can be invented.") from error
+        if dtype.kind == "f":
+            feed[port.name] = np.asarray(generator.standard_normal(shape)).astype(dtype)
+        elif dtype.kind in "biu":
+            top = 256 if dtype == np.uint8 else 2
+            feed[port.name] = np.asarray(generator.integers(0, top, shape)).astype(dtype)
+        else:
+            raise ModelError(f"input '{port}' takes {port.dtype}, which cannot be invented.\n  Give --shots.")
+    return feed
+
+
+def _first(inputs: Mapping[str, np.ndarray[Any, Any]], batch: int) -> Feed:
+    rows = min(len(values) for values in inputs.values())
+    if rows < batch:
+        raise ShotsError(f"a run takes {batch} samples, and there are {rows}.\n  Give more, or a smaller --batch.")
+    return {name: values[:batch] for name, values in inputs.items()}
+
+
+def _timing(model: Path, size: int, times: np.ndarray[Any, Any], at: int, provider: str) -> Timing:
+    """Compare one column of (runs, models) milliseconds with the first.
+
+    The rounds are cut into ten spans of time, each with a ratio of its own medians. The true one lies between the
+    second smallest and the second largest of ten with 97.9 % confidence, whatever the noise is like; between the
+    smallest and the largest of six or more with 96.9 %.
+    """
+    import numpy as np
+
+    q1, median, q3 = (float(value) for value in np.percentile(times[:, at], (25, 50, 75)))
+    spans = np.array_split(times, min(_SPANS, len(times)))
+    ratios = sorted(float(np.median(span[:, at]) / np.median(span[:, 0])) for span in spans)
+    trim = 1 if len(ratios) == _SPANS else 0
+    ratio = median / float(np.median(times[:, 0]))
+    # The ratio of all may fall just outside of that of the parts.
+    low, high = min(ratio, ratios[trim]), max(ratio, ratios[-1 - trim])
+    return Timing(model, size, median, q1, q3, provider, ratio, low, high)
+
+
+def _show(console: Console, found: Sequence[Timing], facts: Mapping[str, Any], feed: Feed, *, quiet: bool) -> None:
+    compared = len(found) > 1
+    names = shortened([str(timing.model) for timing in found], room(console, 70 if compared else 30))
+    extra = ("ratio", "95 % sure", "<") if compared else ()
+    table = plain_table("", "median", "q1 to q3", *extra)
+    for at, timing in enumerate(found):
+        cells = [names[str(timing.model)], f"{timing.median:.3g} ms", f"{timing.q1:.3g} to {timing.q3:.3g}"]
+        if compared:
+            band = f"{timing.low:.3f} to {timing.high:.3f}" if at else ""
+            cells += [f"{timing.ratio:.3f}", band, timing.verdict if at else ""]
+        table.add_row(*cells)
+    console.print(table)
+    if quiet:
+        return
+    threads = f"--threads {facts['threads']}" if facts["threads"] else "threads as onnxruntime chooses"
+    ran = ", ".join(dict.fromkeys(timing.provider.removesuffix("ExecutionProvider") for timing in found))
+    say(console, f"{facts['runs']} runs each, in turns, after a warm-up; {ran}, {threads}", "dim")
+    shapes = ", ".join(f"{name} {values.dtype} {values.shape}" for name, values in feed.items())
+    say(console, f"fed with {facts['inputs']}: {shapes}", "dim")
+    if not facts["device"].startswith("cpu") and ran == "CPU":
+        say(console, f"warning: {facts['device']} was asked for, but onnxruntime ran on the CPU", "yellow")

@@ -1,0 +1,215 @@
+"""report.html: one file with everything in it, the verdict first, and nothing in it that a name could break."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+
+import pytest
+from reports import PIXEL, full_report, gate, layer, shot
+
+from xdonnx.page import page
+from xdonnx.report import Fidelity, LayerResult, OutputError, Report
+
+# Elements that have no end tag.
+VOID = {"meta", "link", "img", "br"}
+
+
+class Reader(HTMLParser):
+    """Checks that every tag is closed, and keeps texts, tags and what is referred to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def large_report(count: int = 200) -> Report:
+    """Return a report of many layers with long names and the most worst samples."""
+    layers = tuple(
+        layer(number, None if number % 7 == 3 else 10.0 ** -(number % 5)).model_copy(
+            update={"layer": f"/backbone/stages.{number}/a_long_name/BatchNormalization_output_{number}"}
+        )
+        for number in range(count)
+    )
+    fidelity = full_report().fidelity.model_copy(update={"worst": tuple(shot(row) for row in range(8))})
+    return full_report(layers=layers, fidelity=fidelity)
+
+
+def test_the_page_says_first_what_came_of_it_and_why() -> None:
+    text = Reader(page(full_report())).text
+    order = ["Rejected", "max_drop: 2.00 points, allowed at most 1 points", "Gates", "Before and after", "Layers"]
+    order += ["Worst samples", "Interface", "Warnings", "The job", "Files"]
+    at = [text.index(part, 0 if part == "Rejected" else text.index("Rejected")) for part in order]
+    assert at == sorted(at)
+
+
+def test_the_page_holds_the_numbers_of_the_report() -> None:
+    text = Reader(page(full_report(fit_samples=30))).text
+    for part in (
+        "50.0 % of the MACs, 50.0 % of the bytes, accuracy 90.00 → 88.00 %",
+        "fitted on 30, judged on 50 held-out samples",
+        "2,000 1,000 50.0 %",
+        "quartiles 1.800 to 2.200",
+        "-3.10 to 8.20 at 95 % confidence",
+        "50 samples can show 8.00 points at best",
+        "lost 2, gained 1",
+        "smallest drop, points that so many samples can tell from none",
+        "largest difference 1.5; cosine 0.990000",
+        "opset 18, the teacher has 17",
+        "50 held-out samples can show a drop of 8.00 points at best",
+        "xdonnx compress 'my model.onnx' -o out.onnx",
+        '"method": [ "cross" ]',
+        "xdonnx 0.1.0",
+        "onnx 1, onnxruntime 2",
+        "sha256 ab",
+    ):
+        assert part in text, part
+
+
+def test_worst_samples_show_their_picture_and_both_answers() -> None:
+    report = full_report()
+    other = shot(3, label=None, thumbnail=None, relative_l2=None)
+    report = full_report(fidelity=report.fidelity.model_copy(update={"worst": (shot(7), other)}))
+    found = Reader(page(report))
+    assert [attrs["src"] for tag, attrs in found.tags if tag == "img"] == [PIXEL]
+    assert "only the teacher is right cat/7.png label cat teacher cat (4.5) student dog (2.5) error 0.5" in found.text
+    assert "they disagree cat/3.png teacher cat (4.5) student dog (2.5) error no bound" in found.text
+
+
+def test_layers_that_stayed_whole_are_listed_by_reason() -> None:
+    def whole(name: str, note: str) -> LayerResult:
+        return layer(0, None).model_copy(update={"layer": name, "kept": 8, "note": note})
+
+    layers = (whole("a", "read by 'Resize'"), whole("b", ""), whole("c", "read by 'Resize'"), layer(9, 0.5))
+    text = Reader(page(full_report(layers=layers))).text
+    assert "3 of 4 layers read by 'Resize' (2) a, c left whole by the target (1) b" in text
+
+
+def test_the_plot_gives_its_script_every_layer_and_the_table_says_it_without() -> None:
+    report = full_report()
+    found = Reader(page(report))
+    data = json.loads(next(script for script in found.scripts if script.lstrip().startswith("[")))
+    assert [entry["name"] for entry in data] == [each.layer for each in report.layers]
+    assert [entry["error"] for entry in data] == [each.objective_after for each in report.layers]
+    assert [entry["kept"] for entry in data] == [0.5] * 7
+    assert ["refitted", "70 %"] in data[2]["facts"]
+    assert "conv|2 Conv 4 of 8 100 → 50 1.00 k 70 % 70 %" in found.text
+    assert sum(attrs.get("class") == "col" for _, attrs in found.tags) == 7
+
+
+def test_bars_and_marks_stand_where_their_numbers_say() -> None:
+    layers = (
+        layer(0, 0.01).model_copy(update={"kept": 2, "objective_before": 1.0}),
+        layer(1, 0.1).model_copy(update={"kept": 8, "objective_before": 0.1}),
+        layer(2, 0.0),
+    )
+    found = Reader(page(full_report(layers=layers)))
+
+    def values(name: str, key: str) -> list[float]:
+        return [float(attrs[key] or 0) for _, attrs in found.tags if attrs.get("class") == name]
+
+    heights, (whole, *_) = values("kept", "height"), values("all", "height")
+    assert heights == pytest.approx([whole / 4, whole, whole / 2])
+    percent, tenth, top = (values("after", "y")[0], values("after", "y")[1], values("before", "y1")[0] - 2.5)
+    # On a logarithmic scale the steps from 1 % to 10 % and from 10 % to 100 % are alike, and zero is at the bottom.
+    assert percent - tenth == pytest.approx(tenth - top) and tenth > top
+    assert values("after", "y")[2] == max(values("after", "y"))
+
+
+def test_names_cannot_break_out_of_the_page() -> None:
+    nasty = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7 * 7 }}"
+    report = full_report(
+        layers=(layer(0, 0.5).model_copy(update={"layer": nasty, "note": nasty, "kept": 8}),),
+        warnings=(nasty,),
+        reasons=(nasty,),
+        command=nasty,
+        job={nasty: nasty},
+        gates=(gate(nasty),),
+        fidelity=full_report().fidelity.model_copy(
+            update={
+                "worst": (shot(1, sample=nasty, label_name=nasty),),
+                "outputs": (OutputError(name=nasty, relative_l2=1.0, max_abs=1.0, cosine=0.0),),
+            }
+        ),
+    )
+    found = Reader(page(report))
+    assert [tag for tag, _ in found.tags].count("script") == 2
+    assert not any("onerror" in attrs for _, attrs in found.tags)
+    assert found.text.count("</script><script>alert(1)</script><img") >= 8 and "49" not in found.text
+
+
+def test_nothing_is_loaded_from_anywhere() -> None:
+    html = page(large_report(20))
+    found = Reader(html)
+    for tag, attrs in found.tags:
+        for key in ("src", "href", "srcset", "action", "data", "poster"):
+            assert (attrs.get(key) or "data:").startswith("data:"), (tag, attrs)
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(|https?:", html)
+    (policy,) = [attrs["content"] for _, attrs in found.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'")
+
+
+def test_two_hundred_layers_take_less_than_a_second_and_three_megabytes() -> None:
+    report = large_report()
+    started = time.process_time()
+    html = page(report)
+    assert time.process_time() - started < 1
+    assert len(html.encode()) < 3_000_000
+    Reader(html)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status": "failed", "exit_code": 5, "teacher": None, "student": None, "fidelity": None, "gates": (),
+         "layers": (), "interface": None, "warnings": (), "files": {}},
+        {"status": "passed", "exit_code": 0, "gates": (), "reasons": (), "command": "", "job": {}, "started": "today"},
+        {"layers": (layer(0, None),)},
+        {"layers": (layer(0, 0.0),)},
+        {"layers": (layer(0, 1e-30), layer(1, 3.0))},
+        {"gates": (gate("max_error", value=None, bound=None, unit="relative L2"),)},
+        {"gates": (gate("max_error", value=0.0, bound=0.0, limit=0.0, unit="relative L2", passed=True),)},
+        {"gates": (gate("new_gate", unit="joules"),)},
+        {"fidelity": Fidelity(samples=1, held_out=False, outputs=())},
+        {"fidelity": Fidelity(samples=1, held_out=True, outputs=(
+            OutputError(name="ids", relative_l2=None, max_abs=None, cosine=None, agreement=50.0),))},
+        {"fidelity": Fidelity(samples=2, held_out=True, outputs=tuple(
+            OutputError(name=f"o{k}", relative_l2=k / 9, max_abs=1.0, cosine=None) for k in range(9)))},
+    ],
+    ids=["failed early", "no limit", "no error known", "zero error", "errors far apart", "no bound", "limit zero",
+         "unknown gate", "nothing compared", "whole numbers", "many outputs"],
+)  # fmt: skip
+def test_a_page_of_any_report_is_whole(changes: dict) -> None:
+    report = full_report(**changes)
+    text = Reader(page(report)).text
+    judged = report.gates or report.status != "passed"
+    assert {"passed": "Passed" if judged else "Done", "failed": "Failed", "rejected": "Rejected"}[report.status] in text
+    assert "nan" not in text.lower().split() and "None" not in text

@@ -1,0 +1,145 @@
+"""`bench` times models in turns and says what the difference is worth."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from program import SAMPLES, SHOTS, TEACHER, call
+
+VGG = str(SAMPLES / "digits_vgg.onnx")
+
+
+def save(path: Path, inputs: dict[str, tuple[int, list[int | str | None]]]) -> str:
+    """Write a model that adds up all that it is fed."""
+    zero, nodes = numpy_helper.from_array(np.float32(0), "s0"), []
+    for at, name in enumerate(inputs):
+        nodes.append(helper.make_node("Cast", [name], [f"c{at}"], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("ReduceSum", [f"c{at}"], [f"r{at}"], keepdims=0))
+        nodes.append(helper.make_node("Add", [f"s{at}", f"r{at}"], [f"s{at + 1}"]))
+    nodes[-1].output[0] = "y"
+    ports = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()]
+    graph = helper.make_graph(nodes, "g", ports, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [])], [zero])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return str(path)
+
+
+def test_a_model_with_less_to_do_is_faster_and_the_numbers_agree(here: Path) -> None:
+    ended = call("bench", VGG, TEACHER, "--rounds", "60", "--threads", "1", "--json", "-")
+
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    first, second = found["models"]
+    assert (found["runs"], found["threads"], found["batch"], found["inputs"]) == (60, 1, 1, "random numbers")
+    assert first["verdict"] == "first" and first["ratio"] == first["low"] == first["high"] == 1
+    assert second["ratio"] == pytest.approx(second["median"] / first["median"])
+    assert second["low"] <= second["ratio"] <= second["high"]
+    for model in (first, second):
+        assert 0 < model["q1"] <= model["median"] <= model["q3"] and model["provider"] == "CPUExecutionProvider"
+    # 5.4 M against 1.9 M multiplications.
+    assert second["verdict"] == "faster" and second["high"] < 1
+    assert second["bytes"] == Path(TEACHER).stat().st_size
+    assert "60 runs each" in ended.err and "random numbers: image float32 (1, 1, 16, 16)" in ended.err
+
+
+def test_the_slower_of_two_is_called_so_and_the_table_fits_a_terminal(here: Path) -> None:
+    ended = call("bench", TEACHER, VGG, "--rounds", "60", "--threads", "1", width=80)
+
+    assert ended.code == 0, ended.err
+    table = ended.out.splitlines()[:3]
+    assert table[0].split()[0] == "median" and table[1].split()[-1] == "1.000" and table[2].endswith("slower")
+    assert float(table[2].split("ms")[1].split()[3]) > 1
+
+
+def test_the_band_holds_the_ratio_as_order_statistics_say() -> None:
+    """Of simulated timings with drifts the band misses the true ratio in at most one of twenty cases."""
+    from xdonnx_cli.benching import _timing
+
+    generator, misses = np.random.default_rng(0), 0
+    for _ in range(400):
+        drift = np.repeat(generator.lognormal(0, 0.5, 20), 10)
+        times = drift[:, None] * np.array([1.0, 1.1]) * generator.lognormal(0, 0.2, (200, 2))
+        found = _timing(Path("m"), 0, times, 1, "CPU")
+        misses += not found.low <= 1.1 <= found.high
+    assert 0 < misses <= 20
+
+    same = _timing(Path("m"), 0, np.ones((4, 2)), 1, "CPU")
+    assert (same.ratio, same.low, same.high, same.verdict) == (1, 1, 1, "no difference")
+
+
+def test_real_samples_are_fed_in_the_batch_that_is_asked_for(here: Path) -> None:
+    ended = call("bench", TEACHER, *SHOTS, "--batch", "7", "--rounds", "3", "--json", "-")
+
+    found = json.loads(ended.out)
+    assert ended.code == 0 and found["inputs"] == "samples" and found["runs"] == 3
+    assert found["models"][0]["shapes"] == {"image": [7, 1, 16, 16]}
+    assert "ratio" not in ended.err, "of one model there is none to show"
+
+    few = call("bench", TEACHER, *SHOTS, "--batch", "101")
+    assert few.code == 5 and "a run takes 101 samples, and there are 100" in few.err
+
+
+def test_inputs_of_any_type_and_size_are_invented(here: Path) -> None:
+    kinds = (TensorProto.INT64, TensorProto.UINT8, TensorProto.BOOL, TensorProto.FLOAT16)
+    model = save(here / "m.onnx", {f"x{at}": (kind, ["n", 4]) for at, kind in enumerate(kinds)})
+    fixed = save(here / "f.onnx", {"x0": (TensorProto.DOUBLE, [3, 2])})
+
+    ended = call("bench", model, fixed, "--rounds", "5", "--batch", "3", "--json", "-")
+
+    assert ended.code == 0, ended.err
+    shapes = [model["shapes"] for model in json.loads(ended.out)["models"]]
+    assert shapes == [{f"x{at}": [3, 4] for at in range(4)}, {"x0": [3, 2]}]
+
+
+def test_a_size_that_the_graph_leaves_open_has_to_be_chosen(here: Path) -> None:
+    model = save(here / "m.onnx", {"x": (TensorProto.FLOAT, ["n", "width"])})
+
+    asked = call("bench", model)
+    chosen = call("bench", model, VGG, "--input-shape", "x:2x5", "--rounds", "4", "--json", "-")
+
+    assert asked.code == 2 and "--input-shape x:" in asked.err
+    assert chosen.code == 0, chosen.err
+    assert [model["shapes"] for model in json.loads(chosen.out)["models"]] == [{"x": [2, 5]}, {"image": [1, 1, 16, 16]}]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--input-shape", "picture:1x1x16x16"], 2, "no model has an input 'picture'"),
+        (["--device", "tpu"], 2, "unknown device 'tpu'"),
+        (["--rounds", "2"], 2, "--rounds"),
+        (["--shots", "nowhere"], 5, "nowhere"),
+        (["missing.onnx"], 4, "missing.onnx"),
+    ],
+)
+def test_mistakes_end_before_anything_is_timed(flags: list[str], code: int, words: str, here: Path) -> None:
+    ended = call("bench", TEACHER, *flags)
+
+    assert ended.code == code and words in ended.err and ended.out == ""
+
+
+def test_a_batch_that_the_graph_does_not_take_is_refused(here: Path) -> None:
+    model = save(here / "m.onnx", {"x": (TensorProto.FLOAT, [4, 2])})
+
+    ended = call("bench", model, "--batch", "2")
+
+    assert ended.code == 2 and "takes 4 samples at once" in ended.err
+
+
+def test_time_ends_a_measurement_and_torch_is_not_imported(here: Path) -> None:
+    code = f"""
+import sys
+from xdonnx_cli.app import run
+assert run(["bench", "--help"]) == 0 and "numpy" not in sys.modules
+assert run(["bench", {TEACHER!r}, "--seconds", "0.2", "--rounds", "1000000"]) == 0
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+
+    assert done.returncode == 0, done.stderr

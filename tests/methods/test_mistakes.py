@@ -1,0 +1,72 @@
+"""Whoever writes a job in Python and slips is told which field, what was given, and what it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xdonnx.errors import JobError, XdonnxError
+from xdonnx.job import Job, prepared
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+GOOD = {"model": SAMPLES / "digits_mobile.onnx", "out": "student.onnx", "shots": SAMPLES / "shots"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stucture": "channel"}, "a job has no field 'stucture'. Did you mean 'structure'?\n  Fields are the flags"),
+        ({"structure": 3}, "structure is 3.\n  It takes text."),
+        ({"macs": "50%"}, "macs is '50%'.\n  It takes a number, such as 0.5 for 50 %."),
+        ({"per_class": "few"}, "per_class is 'few'.\n  It takes a whole number."),
+        ({"per_class": 1.5}, "per_class is 1.5.\n  It takes a whole number."),
+        ({"residual": "perhaps"}, "residual is 'perhaps'.\n  It takes True or False."),
+        ({"plan": 3}, "plan is 3.\n  It takes a path."),
+        ({"method": ()}, "method is ().\n  It takes at least one."),
+        ({"shots": np.zeros((2, 2))}, "shots.0 is array([0., 0.]).\n  It takes text.\n  Another field is wrong too."),
+        ({"seed": "a", "force": "b", "macs": "c"}, "\n  2 more of its fields are wrong."),
+        ({"model": None}, "model is None.\n  It takes a path."),
+        ({"input_shape": {"image": "1x3"}}, "input_shape.image is '1x3'.\n  It takes a tuple."),
+        ({"gate": 5}, "gate is 5.\n  It takes "),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_told(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(JobError) as told:
+        Job(**GOOD | fields)
+
+    assert message in str(told.value) and "pydantic" not in str(told.value)
+    assert told.value.exit_code == 2
+
+
+def test_a_field_that_is_missing_is_told() -> None:
+    with pytest.raises(JobError, match=r"^a job needs 'model'\."):
+        Job(out=Path("student.onnx"))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"structure": "chanel"}, "'chanel'. Did you mean 'channel'?"),
+        ({"method": "cros"}, "unknown method 'cros'. Did you mean 'cross'?"),
+        ({"connection": "sft"}, "'sft'. Did you mean 'soft'?"),
+        ({"solver": "admn"}, "'admn'"),
+        ({"preset_effort": "bst"}, "'bst'. Did you mean 'best'?"),
+        ({"allocation": "uniformly"}, "'uniformly'. Did you mean 'uniform'?"),
+        ({"device": "gpu"}, "'gpu'"),
+        ({"shots": "nowhere"}, "'nowhere'"),
+    ],
+)
+def test_a_word_that_no_option_knows_is_told_before_any_work(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(XdonnxError) as told:
+        prepared(Job(**GOOD | fields), writes=False)
+
+    assert message in str(told.value) and "\n  " in str(told.value), "what to do stands on a line of its own"
+
+
+def test_one_may_stand_for_many_and_a_number_for_its_text() -> None:
+    job = Job(**GOOD | {"method": "cross", "shots": "photos", "exclude": "stem*", "holdout": 0.25})
+
+    assert (job.method, job.shots, job.exclude, job.holdout) == (("cross",), ("photos",), ("stem*",), "0.25")

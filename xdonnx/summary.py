@@ -1,0 +1,90 @@
+"""The report as Markdown: a page for a pull request or a job's summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from xdonnx.report import LayerResult, Report, shown
+
+
+def summary(report: Report) -> str:
+    """Return the report as Markdown of at most 60 lines."""
+    where = f"{report.device}, seed {report.seed}, {report.seconds:.1f} s, xdonnx {report.tool.version}"
+    lines = [f"# xdonnx: {report.status} (exit code {report.exit_code})", "", where, ""]
+    lines += _bullets(report.reasons, 6)
+    if report.gates:
+        lines += ["| gate | measured | judged | limit | |", "|---|---|---|---|---|"]
+        for gate in report.gates:
+            verdict = "passed" if gate.passed else {"fail": "**failed**", "warn": "warning"}[gate.level]
+            numbers = (shown(gate.value, gate.unit), shown(gate.bound, gate.unit))
+            limit = shown(gate.limit, gate.unit, exact=True)
+            lines.append(_row(gate.name, *numbers, limit, verdict))
+        lines.append("")
+    lines += _before_after(report) + _worst_layers(report.layers)
+    if report.warnings:
+        lines += ["Warnings:", "", *_bullets(report.warnings, 8)]
+    command = _clip(report.command, 1000)
+    return "\n".join([*lines, *(["```", command, "```"] if command else [])]) + "\n"
+
+
+def _before_after(report: Report) -> list[str]:
+    rows = []
+    teacher, student, fidelity = report.teacher, report.student, report.fidelity
+    if teacher and student:
+        for name in ("bytes", "params", "nonzero", "macs"):
+            before, after = getattr(teacher, name), getattr(student, name)
+            rows.append(_row(name, f"{before:,}", f"{after:,}", f"{100 * after / before:.1f} %" if before else ""))
+        a, b = teacher.latency_ms, student.latency_ms
+        if a and b:
+            times = (f"{t.median:.3f} ({t.q1:.3f} to {t.q3:.3f})" for t in (a, b))
+            ratio = f"{100 * b.median / a.median:.1f} %" if a.median else ""
+            rows.append(_row(f"latency, ms, {b.provider.removesuffix('ExecutionProvider')}", *times, ratio))
+    if fidelity and fidelity.accuracy_teacher is not None and fidelity.accuracy_student is not None:
+        percent = (f"{fidelity.accuracy_teacher:.2f} %", f"{fidelity.accuracy_student:.2f} %")
+        rows.append(_row("top-1 accuracy", *percent, ""))
+    if fidelity and fidelity.top1_agreement is not None:
+        rows.append(_row("top-1 agreement", "", f"{fidelity.top1_agreement:.2f} %", ""))
+    if fidelity and fidelity.drop:
+        drop = fidelity.drop
+        sure = f"({drop.low:.2f} to {drop.high:.2f} at {100 * drop.confidence:g} %)"
+        rows.append(_row(f"drop of {drop.of}, points", "", f"{drop.value:.2f} {sure}", ""))
+    errors = [output for output in fidelity.outputs if output.relative_l2 is not None] if fidelity else []
+    if errors:
+        worst = max(errors, key=lambda output: output.relative_l2 or 0.0)
+        rows.append(_row(f"relative L2 of '{worst.name}'", "", f"{worst.relative_l2:.6f}", ""))
+    if not rows:
+        return []
+    samples = f"{fidelity.samples} {'held-out ' * fidelity.held_out}samples" if fidelity else ""
+    return [_row(samples, "teacher", "student", "student / teacher"), "|---|---|---|---|", *rows, ""]
+
+
+def _worst_layers(layers: Iterable[LayerResult]) -> list[str]:
+    """List the five layers of the largest error left, among those whose error is known."""
+    known = [layer for layer in layers if layer.objective_after is not None]
+    if not known:
+        return []
+    worst = sorted(known, key=lambda layer: -(layer.objective_after or 0.0))[:5]
+    lines = ["| worst layers | op | kept | error before | error after |", "|---|---|---|---|---|"]
+    for layer in worst:
+        before = "" if layer.objective_before is None else f"{layer.objective_before:.4g}"
+        kept = f"{layer.kept} of {layer.units}"
+        lines.append(_row(f"`{layer.layer}`", layer.op, kept, before, f"{layer.objective_after:.4g}"))
+    return [*lines, ""]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(_clip(cell, 120).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _bullets(lines: Sequence[str], most: int) -> list[str]:
+    """Return up to `most` lines as a list; the last one counts the rest."""
+    if not lines:
+        return []
+    kept = list(lines) if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
+    return [f"- {_clip(line, 300)}" for line in kept] + [""]
+
+
+def _clip(text: str, most: int) -> str:
+    """Return the text in one line of bounded length."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
