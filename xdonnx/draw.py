@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xdonnx.errors import JobError, ShotsError
-
-if TYPE_CHECKING:
-    from xdonnx.shots import Shots
 
 Array = NDArray[Any]
 
@@ -31,6 +29,22 @@ class Labelled(Protocol):
         """Name of each class, where known."""
 
     def __len__(self) -> int: ...
+
+
+class Numbered(Protocol):
+    """Rows whose numbers can be looked at."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """Rows by graph input."""
+
+    def take(self, rows: Any) -> Self:
+        """Return some of the rows."""
+
+    def __len__(self) -> int: ...
+
+
+Rows = TypeVar("Rows", bound=Numbered)
 
 
 def draw(
@@ -95,10 +109,10 @@ def draw(
     return np.setdiff1d(drawn, held), held
 
 
-def unseen(held_out: Shots, fit: Shots) -> Shots:
+def unseen(held_out: Rows, fit: Rows) -> Rows:
     """Return the held-out shots that are not, to the byte, among those that fit."""
 
-    def digests(shots: Shots) -> list[bytes]:
+    def digests(shots: Rows) -> list[bytes]:
         found = [b""] * len(shots)
         for values in shots.inputs.values():
             # Batch by batch: the samples that judge may be read from files as they are asked for.
