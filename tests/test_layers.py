@@ -14,7 +14,7 @@ ROWS = [
         "model",
         "prepare",
         "intervals",
-        "moments",
+        "columns",
         "structure",
         "interpolation",
         "coverage",
@@ -22,13 +22,15 @@ ROWS = [
         "mistakes",
         "devices",
     },
+    {"moments"},
     {"runtime", "report", "paths", "draw", "images", "labels", "cost", "connection", "operators", "removal"},
     {"layers", "reshaping", "sources", "stem", "feeds", "solve", "contributions", "worst", "summary", "junit", "plot"},
     {"rows"},
     {"rules", "gate", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
-    {"graph", "verification", "memory", "publication"},
+    {"graph", "verification", "memory", "publication", "direct"},
     {"patch", "budget", "convert", "doctor", "keywords"},
     {"walk", "survey", "student", "planfile", "agreement"},
+    {"methods.joint", "methods.wide"},
     {"methods.layerwise"},
     {"methods.training", "allocation", "accounting"},
     {"methods.cross", "methods.l1_norm", "methods.thinet", "methods.channel_pruning", "methods.fskd", "methods.tune"},
@@ -43,7 +45,8 @@ TORCH_FREE = {
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
 }  # fmt: skip
 ONNX_FREE = {
-    "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment", "crossval",
+    "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",
+    "crossval", "direct",
 }  # fmt: skip
 
 

@@ -13,29 +13,37 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from xdonnx.budget import Budget, Plan, make_plan, multiple, target
-from xdonnx.connection import Quadratic, correction, damped, objective
+from xdonnx.columns import from_matrix, to_matrix
+from xdonnx.connection import Quadratic, correction, damped, objective, restricted
 from xdonnx.convert import Program, stored
 from xdonnx.errors import NothingToDo
 from xdonnx.events import Event, Log, ignore
 from xdonnx.graph import Net
-from xdonnx.methods.layerwise import MOST_JOINT, WIDEST, restricted, sampled_columns, units
-from xdonnx.moments import from_matrix, measure, to_matrix
+from xdonnx.methods.joint import MOST_JOINT, WIDEST
+from xdonnx.methods.wide import sampled_columns
+from xdonnx.moments import enough, measure
 from xdonnx.solve import refit, remove_jointly
-from xdonnx.structure import Channel
+from xdonnx.structure import Channel, units
 from xdonnx.student import execute, find_taps, teacher_weights
 from xdonnx.walk import Stop, walk
 
 # Shares of its channels at which a group is measured.
 LEVELS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
-# Samples that the answers are measured on, and the multiply-accumulates that all of them may take.
-SAMPLES = 64
-WORK = 1e13
+# Where that takes too long: at these, by the energy that goes, scaled to the one error measured in the middle.
+COARSE = (0.75, 0.5, 0.25)
+# Samples that the answers are measured on, how many every level of every group must be worth for all levels to be
+# measured, and how many are walked otherwise.
+SAMPLES, WORTH, WALKED = 64, 16, 32
+# What measuring may cost with all levels, and otherwise, in multiply-accumulates; so many does a value cost that is
+# written and read again. Otherwise it may also cost as much as looking at all samples once.
+WORK, LITTLE, VALUE = 8e11, 5e10, 50
 RIDGE = 0.01
 # Up to so many columns channels leave one by one, exactly; wider layers are ranked once by the energy of a channel.
 WIDE = 1200
@@ -106,6 +114,10 @@ def measure_curves(
                 curves[at] = _curve(net, at, readers.pop(at), probe)
                 log(Event("curves", net.groups[at].name, done=len(curves), total=len(groups)))
 
+    if probe.coarse and not _fixed(net):
+        rows = len(next(iter(inputs.values())))
+        places = np.linspace(0, rows - 1, min(rows, WALKED)).astype(int)
+        inputs = {name: array[places] for name, array in inputs.items()}
     walk(net, program, inputs, visit)
     return tuple(curves[at] for at in groups)
 
@@ -118,10 +130,11 @@ def _reading(stop: Stop) -> tuple[Quadratic | None, Tensor, Tensor, bool]:
         energy = teacher.square().sum((0, 1)) * columns.square().mean((0, 2))
         return None, teacher, energy / energy.sum().clamp(min=1e-30), False
     bias = stop.bias is not None
-    moments = measure(stop.teacher, stop.teacher, stop.geometry, bias=bias)
+    each = enough(len(stop.layer.columns), sum(map(len, stop.teacher)))
+    moments = measure(stop.teacher, stop.teacher, stop.geometry, bias=bias, each=each, dtype=torch.float32)
     teacher = to_matrix(stop.weight, stop.bias, stop.geometry).to(moments.tt)
     quadratic = damped(objective(correction(), moments, teacher), teacher, RIDGE, bias=bias)
-    energy = (teacher @ quadratic.hess * teacher).sum((0, 1)) / quadratic.const.sum().clamp(min=1e-30)
+    energy = (quadratic.lin * teacher).sum((0, 1)) / quadratic.const.sum().clamp(min=1e-30)
     return quadratic, teacher, energy, bias
 
 
@@ -133,9 +146,14 @@ class _Probe:
         self.net, self.program = net, program
         self.wanted = (*taps.stages[-1:], *taps.answers)
         self.features = len(taps.stages[-1:])
-        macs = max(1, sum(layer.macs for layer in net.layers.values()))
-        count = int(min(SAMPLES, max(4, WORK / (macs * max(1, groups * len(LEVELS))))))
         rows = len(next(iter(inputs.values())))
+        values = sum(prod(shape[1:]) for shape in net.shapes.values())
+        cost = max(1, sum(layer.macs for layer in net.layers.values()) + VALUE * values)
+        count = int(WORK / (cost * max(1, groups * len(LEVELS))))
+        self.coarse = count < WORTH
+        if self.coarse:
+            count = max(2, int(max(rows, LITTLE / cost) / max(1, groups)))
+        count = min(SAMPLES, count)
         size = net.batch if _fixed(net) else min(count, rows)
         count = min(max(size, count // size * size), rows // size * size)
         # Spread over all samples, which may be sorted by class.
@@ -175,26 +193,43 @@ def _curve(net: Net, at: int, readers: Sequence[_Reader], probe: _Probe) -> Curv
     """Thin one group level by level, each level going on from the one before."""
     total = len(net.groups[at].ids)
     kept = torch.ones(total, dtype=torch.bool)
-    points = [(total, 0.0)]
-    for level in LEVELS:
+    points, lost = [(total, 0.0)], [0.0]
+    scale = 0.0
+    for level in COARSE if probe.coarse else LEVELS:
         count = max(1, round(level * total))
         if count >= points[-1][0]:
             continue
         kept = _thinned(readers, kept, count)
-        changed = {}
-        for reader in readers:
-            alive = (reader.unit < 0) | kept.to(reader.unit.device)[reader.unit.clamp(min=0)]
-            matrix = reader.teacher * alive
-            if reader.quadratic is not None:
-                mask = torch.ones_like(matrix[..., alive], dtype=torch.bool)
-                matrix[..., alive] = refit(restricted(reader.quadratic, alive), mask, reader.teacher[..., alive])
-            weight, bias = from_matrix(matrix, reader.stop.geometry, reader.bias, tuple(reader.stop.weight.shape))
-            layer = reader.stop.layer
-            changed[layer.weight] = stored(layer, weight.to(reader.stop.weight))
-            if layer.bias is not None and bias is not None:
-                changed[layer.bias] = bias.to(reader.stop.weight)
-        points.append((count, probe.error(changed)))
+        lost.append(sum(float(reader.energy[~_alive(reader, kept)].sum()) for reader in readers))
+        measured = not probe.coarse or (level <= COARSE[1] and not scale)
+        points.append((count, probe.error(_refitted(readers, kept)) if measured else 0.0))
+        if probe.coarse and measured:
+            scale = points[-1][1] / max(lost[-1], 1e-30)
+    if probe.coarse:
+        points = [(count, energy * scale) for (count, _), energy in zip(points, lost, strict=True)]
     return Curve(at, tuple(points))
+
+
+def _alive(reader: _Reader, kept: Tensor) -> Tensor:
+    """Return the columns of a reader that stay, (d,)."""
+    return (reader.unit < 0) | kept.to(reader.unit.device)[reader.unit.clamp(min=0)]
+
+
+def _refitted(readers: Sequence[_Reader], kept: Tensor) -> dict[str, Tensor]:
+    """Return {initializer: value} of the readers with these units alone."""
+    changed = {}
+    for reader in readers:
+        alive = _alive(reader, kept)
+        matrix = reader.teacher * alive
+        if reader.quadratic is not None:
+            mask = torch.ones_like(matrix[..., alive], dtype=torch.bool)
+            matrix[..., alive] = refit(restricted(reader.quadratic, alive), mask, reader.teacher[..., alive])
+        weight, bias = from_matrix(matrix, reader.stop.geometry, reader.bias, tuple(reader.stop.weight.shape))
+        layer = reader.stop.layer
+        changed[layer.weight] = stored(layer, weight.to(reader.stop.weight))
+        if layer.bias is not None and bias is not None:
+            changed[layer.bias] = bias.to(reader.stop.weight)
+    return changed
 
 
 def _thinned(readers: Sequence[_Reader], kept: Tensor, count: int) -> Tensor:

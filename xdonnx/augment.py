@@ -147,7 +147,7 @@ def widened(
     (name, array), *others = inputs.items()
     axes = image_axes(array.shape)
     n = len(array)
-    if others or axes is None or 2 * n > total:
+    if others or axes is None or 2 * n >= total:
         return dict(inputs)
     parts = [array, np.flip(array, axes[1])]
     x = torch.tensor(array)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,7 +136,33 @@ def named(name: str, *, mu: float, alpha: float, beta: float) -> Connection:
     raise JobError(f"unknown connection {name!r}.{hint}\n  Connections: {', '.join(NAMES)}.")
 
 
-def objective(connection: Connection, moments: Moments, teacher_matrix: Tensor) -> Quadratic:
+class Projected(NamedTuple):
+    """The teacher's weights times its layer's moments, (g, o, d) each: all that a target of any connection is made of.
+
+    Parameters
+    ----------
+    tt, ts, st, ss : Tensor
+        `W_T tt`, `W_T ts`, `W_T ts'`, `W_T ss`; the same tensor where the two networks still agree.
+    """
+
+    tt: Tensor
+    ts: Tensor
+    st: Tensor
+    ss: Tensor
+
+
+def projected(moments: Moments, teacher_matrix: Tensor) -> Projected:
+    """Return the teacher's weights (g, o, d) times each moment."""
+    teacher = teacher_matrix.to(moments.tt)
+    tt = teacher @ moments.tt
+    if moments.tt is moments.ss:
+        return Projected(tt, tt, tt, tt)
+    return Projected(tt, teacher @ moments.ts, teacher @ moments.ts.mT, teacher @ moments.ss)
+
+
+def objective(
+    connection: Connection, moments: Moments, teacher_matrix: Tensor, known: Projected | None = None
+) -> Quadratic:
     """Reconstruction error of a layer as a quadratic in the student's weights.
 
     Nothing here depends on the number of shots: the moments already hold all of them.
@@ -148,6 +175,8 @@ def objective(connection: Connection, moments: Moments, teacher_matrix: Tensor) 
         Of the unrolled inputs.
     teacher_matrix : (g, o, d)
         Weights that the student imitates.
+    known : Projected, optional
+        From `projected`, where several connections are asked for.
 
     Returns
     -------
@@ -155,16 +184,17 @@ def objective(connection: Connection, moments: Moments, teacher_matrix: Tensor) 
         In squared activation per output position, summed over outputs; float64.
     """
     teacher = teacher_matrix.to(moments.tt)
-    pieces = [
-        (weight, _mixed(moments, own, own), _mixed(moments, other, own), _mixed(moments, other, other))
-        for weight, other, own in connection.terms
-        if weight
-    ]
-    hess = _total([weight * own for weight, own, _, _ in pieces])
-    between = _total([weight * mixed for weight, _, mixed, _ in pieces])
-    target = _total([weight * other for weight, _, _, other in pieces])
-    const = ((teacher @ target) * teacher).sum((1, 2))
-    return Quadratic((hess + hess.mT) / 2, teacher @ between, const)
+    terms = [term for term in connection.terms if term[0]]
+    hess = _total([weight * _mixed(moments, own, own) for weight, _, own in terms])
+    if known is None:
+        # The matrices first: where a term shows both networks the same, its slope at the teacher's weights is then
+        # zero to the last bit, as it is in data space.
+        lin = teacher @ _total([weight * _mixed(moments, other, own) for weight, other, own in terms])
+        target = teacher @ _total([weight * _mixed(moments, other, other) for weight, other, _ in terms])
+    else:
+        lin = _total([weight * _mixed(known, other, own) for weight, other, own in terms])
+        target = _total([weight * _mixed(known, other, other) for weight, other, _ in terms])
+    return Quadratic((hess + hess.mT) / 2, lin, (target * teacher).sum((1, 2)))
 
 
 def compensated(q: Quadratic, connection: Connection, missing: Missing, teacher_matrix: Tensor) -> Quadratic:
@@ -240,12 +270,21 @@ def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool) -> Quadrat
     return Quadratic(q.hess + torch.diag_embed(pull), q.lin + pulled, q.const + (pulled * toward).sum((1, 2)))
 
 
-def _mixed(moments: Moments, left: Mix, right: Mix) -> Tensor:
-    """Mean of `(left mix of inputs) (right mix of inputs)'`, (g, d, d)."""
+def restricted(quadratic: Quadratic, alive: Tensor) -> Quadratic:
+    """Return the same error as a function of the `alive` columns (d,), the others held at zero."""
+    if bool(alive.all()):
+        return quadratic
+    hess = quadratic.hess[:, alive][:, :, alive]
+    return Quadratic(hess, quadratic.lin[..., alive], quadratic.const)
+
+
+def _mixed(moments: Moments | Projected, left: Mix, right: Mix) -> Tensor:
+    """Mean of `(left mix of inputs) (right mix of inputs)'`, or the teacher's weights times it."""
+    across = moments.st if isinstance(moments, Projected) else moments.ts.mT
     parts = (
         (left[0] * right[0], moments.tt),
         (left[0] * right[1], moments.ts),
-        (left[1] * right[0], moments.ts.mT),
+        (left[1] * right[0], across),
         (left[1] * right[1], moments.ss),
     )
     return _total([share * part for share, part in parts if share])

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from xdonnx.columns import Geometry
 from xdonnx.errors import MachineError, ModelError
 from xdonnx.events import Event, Log, ignore
 from xdonnx.graph import Net
 from xdonnx.layers import Layer
-from xdonnx.moments import Geometry
 from xdonnx.prepare import constant
 from xdonnx.runtime import answer, open_session
 

@@ -8,16 +8,27 @@ little better than those of an unseen sample; hence `lean`, the advantage that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
 import torch
 from torch import Tensor
 
-from xdonnx.connection import Connection, Quadratic, compensated, damped, objective, regression
-from xdonnx.moments import Geometry, Missing, Moments, measure, measure_missing
+from xdonnx.columns import Geometry
+from xdonnx.connection import (
+    Connection,
+    Projected,
+    Quadratic,
+    compensated,
+    damped,
+    objective,
+    projected,
+    regression,
+    restricted,
+)
+from xdonnx.moments import Missing, Moments, measure, measure_missing
 from xdonnx.solve import refit
 
 Chunks = Sequence[Tensor]
@@ -34,23 +45,37 @@ class Fold:
     moments : Moments
     missing : Missing or None
         Of the other branch, see :func:`xdonnx.moments.measure_missing`.
+    known : Projected, optional
+        The teacher's weights times the moments, from `with_teacher`.
     """
 
     moments: Moments
     missing: Missing | None
+    known: Projected | None = None
 
     def __add__(self, other: Fold) -> Fold:
         moments = self.moments + other.moments
-        if self.missing is None or other.missing is None:
-            return Fold(moments, None)
         share = self.moments.count / moments.count
-        both = zip(self.missing, other.missing, strict=True)
-        return Fold(moments, Missing(*(mine * share + theirs * (1 - share) for mine, theirs in both)))
+
+        def merged(mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> list[Tensor]:
+            return [a * share + b * (1 - share) for a, b in zip(mine, theirs, strict=True)]
+
+        none = self.missing is None or other.missing is None
+        unknown = self.known is None or other.known is None
+        return Fold(
+            moments,
+            None if none else Missing(*merged(self.missing or (), other.missing or ())),
+            None if unknown else Projected(*merged(self.known or (), other.known or ())),
+        )
+
+    def with_teacher(self, teacher: Tensor) -> Fold:
+        """Return the fold with what all connections need of the teacher's weights (g, o, d), computed once."""
+        return replace(self, known=projected(self.moments, teacher))
 
     def quadratic(self, candidate: Candidate, teacher: Tensor, *, bias: bool) -> Quadratic:
         """Return the error of the student's weights under a connection and a ridge."""
         connection, ridge = candidate
-        q = objective(connection, self.moments, teacher)
+        q = objective(connection, self.moments, teacher, self.known)
         if self.missing is not None:
             q = compensated(q, connection, self.missing, teacher)
         return damped(q, teacher, ridge, bias=bias)
@@ -66,6 +91,8 @@ def measure_folds(
     rows: int,
     samples: int,
     folds: int,
+    each: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> list[Fold]:
     """Measure a layer's inputs fold by fold.
 
@@ -77,6 +104,8 @@ def measure_folds(
         The other branch of a residual block.
     rows, samples, folds : int
         One fold where chunks do not hold `rows` rows in all: the first axis is not that of the samples then.
+    each, dtype
+        As in :func:`xdonnx.moments.measure`.
 
     Returns
     -------
@@ -102,10 +131,11 @@ def measure_folds(
             continue
         agree = all(a is b for a, b in zip(teacher, student, strict=True))
         x_s = x_t if agree else part(student)
-        moments = measure(x_t, x_s, geometry, bias=bias)
+        moments = measure(x_t, x_s, geometry, bias=bias, each=each, dtype=dtype)
         missing = None
         if beside is not None and not all(a is b for a, b in zip(*beside, strict=True)):
-            missing = measure_missing(x_t, x_s, (part(beside[0]), part(beside[1])), geometry, bias=bias)
+            others = (part(beside[0]), part(beside[1]))
+            missing = measure_missing(x_t, x_s, others, geometry, bias=bias, each=each, dtype=dtype)
         found.append(Fold(moments, missing))
     return found
 
@@ -150,12 +180,10 @@ def choose(
     errors = torch.zeros(len(candidates), dtype=torch.float64)
     for at, unseen in enumerate(folds):
         seen = total([fold for other, fold in enumerate(folds) if other != at])
-        judge = unseen.quadratic((regression(), 0.0), teacher, bias=bias)
+        judge = restricted(unseen.quadratic((regression(), 0.0), teacher, bias=bias), columns)
         for index, candidate in enumerate(candidates):
             q = seen.quadratic(candidate, teacher, bias=bias)
-            q = Quadratic(q.hess[:, columns][:, :, columns], q.lin[..., columns], q.const)
-            made = torch.zeros_like(teacher)
-            made[..., columns] = refit(q, mask[..., columns], teacher[..., columns])
-            errors[index] += float(judge(made)) * unseen.moments.count
+            found = refit(restricted(q, columns), mask[..., columns], teacher[..., columns])
+            errors[index] += float(judge(found)) * unseen.moments.count
     best = int(errors.argmin())
     return best if float(errors[best]) < (1 - lean) * float(errors[0]) else 0

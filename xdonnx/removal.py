@@ -27,11 +27,11 @@ WORTH = 1e-9
 """An exchange must save that share of the readers' energy: below it, rounding decides."""
 
 
-TOGETHER = 512
+TOGETHER = 64
 """Below twice as many channels they leave one by one; above, the cheapest leave a few at a time."""
 
-WIDE = 2048
-"""Above so many columns an exchange costs seconds, for the inverse is made afresh: an eighth of them is tried."""
+WIDE, QUARTER = 1600, 4
+"""Above so many columns a quarter of the channels leaves at once, and no exchange is tried: each costs seconds."""
 
 TRIED = 16
 """Lost channels, those whose return would gain most, that an exchange is tried with: wide layers lose hundreds."""
@@ -96,13 +96,17 @@ def choose(readers: Sequence[Reader], keep: int, swaps: int) -> tuple[Tensor, in
     units = readers[0].table.shape[0]
     kept = torch.ones(units, dtype=torch.bool, device=readers[0].hess.device)
     left, steps = units, 0
+    if max(reader.hess.shape[1] for reader in readers) > WIDE:
+        ranked = [_ranked(reader) for reader in readers]
+        swaps = 0
+        while left > keep:
+            leaving = min(left - keep, -(-left // QUARTER))
+            kept = _remove_at_once(ranked, kept, leaving)
+            left, steps = left - leaving, steps + leaving
     while left > keep:
         leaving = min(left - keep, -(-left // SHRINK))
         kept = _remove(readers, kept, leaving)
-        left -= leaving
-        steps += leaving
-    if max(reader.hess.shape[1] for reader in readers) > WIDE:
-        swaps //= 8
+        left, steps = left - leaving, steps + leaving
     for _ in range(swaps):
         pair = _best_exchange(readers, kept)
         if pair is None:
@@ -125,6 +129,44 @@ def _remove(readers: Sequence[Reader], kept: Tensor, leaving: int) -> Tensor:
         if leaving:
             views = [_without(view, order) for view in views]
     return kept
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranked:
+    """A wide reader scaled to a unit diagonal, in float32: ranks are all that is wanted of it."""
+
+    reader: Reader
+    hess: Tensor
+    lin: Tensor
+
+
+def _ranked(reader: Reader) -> _Ranked:
+    scale = reader.hess.diagonal(dim1=1, dim2=2).clamp(min=1e-30).rsqrt()
+    # float32 keeps its digits where the diagonal is one. Rounding may leave an eigenvalue of zero a little below it.
+    hess = reader.hess.float() * scale.float()[:, :, None] * scale.float()[:, None]
+    hess.diagonal(dim1=1, dim2=2).mul_(1 + 1e-5)
+    return _Ranked(reader, hess, (reader.lin * scale[:, None]).float())
+
+
+def _remove_at_once(ranked: Sequence[_Ranked], kept: Tensor, leaving: int) -> Tensor:
+    """Let the cheapest channels go together."""
+    cost = sum((_costs_alone(one, kept) for one in ranked), start=torch.zeros(()))
+    kept = kept.clone()
+    kept[torch.argsort(torch.where(kept, cost, torch.inf), stable=True)[:leaving]] = False
+    return kept
+
+
+def _costs_alone(ranked: _Ranked, kept: Tensor) -> Tensor:
+    """Return the rise of the reader's error if each of the kept channels alone were lost, (units,)."""
+    columns, spots = _places(ranked.reader, kept)
+    hess = ranked.hess.index_select(1, columns).index_select(2, columns)
+    factor, failed = torch.linalg.cholesky_ex(hess)
+    if bool(failed.any()):
+        factor = torch.linalg.cholesky(hess.double() + 1e-6 * torch.eye(len(columns), device=hess.device))
+    inverse = torch.cholesky_inverse(factor)
+    weight = ranked.lin.index_select(2, columns).to(inverse) @ inverse
+    view = _View(ranked.reader, columns, spots, factor, inverse, weight)
+    return _costs(view, *_blocks(view)).double()
 
 
 def _best_exchange(readers: Sequence[Reader], kept: Tensor) -> tuple[int, int] | None:
@@ -188,6 +230,15 @@ class _Returns:
 
 def _view(reader: Reader, kept: Tensor) -> _View:
     """Invert afresh on the channels that are left."""
+    columns, spots = _places(reader, kept)
+    factor = torch.linalg.cholesky(reader.hess[:, columns][:, :, columns])
+    inverse = torch.cholesky_inverse(factor)
+    weight = torch.cholesky_solve(reader.lin[:, :, columns].mT, factor).mT.contiguous()
+    return _View(reader, columns, spots, factor, inverse, weight)
+
+
+def _places(reader: Reader, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the columns that are left, and the reader's table in terms of them, -1 for what is gone."""
     table = reader.table.to(kept.device)
     gone = table[~kept]
     stays = torch.ones(reader.hess.shape[1] + 1, dtype=torch.bool, device=kept.device)
@@ -195,10 +246,7 @@ def _view(reader: Reader, kept: Tensor) -> _View:
     stays = stays[:-1]
     columns = stays.nonzero()[:, 0]
     place = torch.cat([torch.where(stays, stays.cumsum(0) - 1, -1), columns.new_full((1,), -1)])
-    factor = torch.linalg.cholesky(reader.hess[:, columns][:, :, columns])
-    inverse = torch.cholesky_inverse(factor)
-    weight = torch.cholesky_solve(reader.lin[:, :, columns].mT, factor).mT.contiguous()
-    return _View(reader, columns, place[table], factor, inverse, weight)
+    return columns, place[table]
 
 
 def _without(view: _View, left: Tensor) -> _View:

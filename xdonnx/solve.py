@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xdonnx.connection import Quadratic, damped
+from xdonnx.connection import Quadratic, damped, restricted
 from xdonnx.errors import JobError
-from xdonnx.removal import Reader, choose
+from xdonnx.removal import WIDE, Reader, choose
 from xdonnx.structure import Channel, Structure
 
 BATCH_BYTES = 256 * 2**20
@@ -70,7 +70,13 @@ def refit(q: Quadratic, mask: Tensor, start: Tensor) -> Tensor:
     -------
     Tensor (g, o, d), float64
     """
-    return _settle(q, torch.where(mask, start.to(q.hess), 0.0), mask)
+    kept = torch.where(mask, start.to(q.hess), 0.0)
+    if len(mask) > 1 or bool(mask[0, 0].all()) or not bool((mask == mask[:, :1]).all()):
+        return _settle(q, kept, mask)
+    # One support for all rows: the columns that are gone need not be carried along.
+    alive = mask[0, 0]
+    kept[..., alive] = _settle(restricted(q, alive), kept[..., alive], mask[..., alive])
+    return kept
 
 
 @dataclass(frozen=True)
@@ -287,7 +293,9 @@ class Greedy:
         start = start.to(q.hess)
         kept, steps = choose([_reader(q, start, structure, structure.count)], keep, self.swaps)
         mask = structure.spread(kept, start)
-        return _solution(q, refit(q, mask, start), mask, steps, True)
+        weight = refit(q, mask, start)
+        # At a minimum over its support `<W H, W>` is `<C, W>`.
+        return Solution(weight, mask, float(q.const.sum() - (q.lin * weight).sum()), steps, True)
 
 
 def remove_jointly(problems: Sequence[tuple[Quadratic, Tensor, Channel]], keep: int, *, swaps: int = 0) -> Tensor:
@@ -346,7 +354,10 @@ def _settle(q: Quadratic, w: Tensor, movable: Tensor) -> Tensor:
             batch = order[begin:end]
             spots = torch.argsort(~support[batch], dim=1, stable=True)[:, :width]
             real = support[batch].gather(1, spots)
-            hess = q.hess[group[batch][:, None, None], spots[:, :, None], spots[:, None, :]]
+            if bool(support[batch].all()):
+                hess = q.hess[group[batch]]
+            else:
+                hess = q.hess[group[batch][:, None, None], spots[:, :, None], spots[:, None, :]]
             right = slack[batch].gather(2, spots[:, None].expand(-1, slack.shape[1], -1)) * real[:, None]
             found = _minimum(hess, right, real)
             move[batch] = move[batch].scatter(2, spots[:, None].expand_as(found), found)
@@ -379,10 +390,13 @@ def _near_singular(factor: Tensor, floor: float) -> Tensor:
 
 def _reader(q: Quadratic, start: Tensor, channel: Channel, units: int) -> Reader:
     """Layer as `removal` wants it: positive definite, its error a share of the teacher's energy."""
-    factor, failed = torch.linalg.cholesky_ex(q.hess)
-    if bool(((failed > 0) | _near_singular(factor, 1e-9)).any()):
-        # Costs need an inverse. This pull only breaks ties among weights that fit the shots equally well.
+    # Costs need an inverse. This pull only breaks ties among weights that fit the shots equally well.
+    if q.hess.shape[1] > WIDE:
         q = damped(q, start, 1e-8, bias=False)
+    else:
+        factor, failed = torch.linalg.cholesky_ex(q.hess)
+        if bool(((failed > 0) | _near_singular(factor, 1e-9)).any()):
+            q = damped(q, start, 1e-8, bias=False)
     missing = torch.full((units - channel.count, channel.table.shape[1]), -1, dtype=torch.long)
     table = torch.cat([channel.table, missing]).to(q.hess.device)
     energy = float(q.const.sum())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -230,6 +231,14 @@ class NofM:
         missing = -values.shape[-1] % width
         padded = torch.nn.functional.pad(values, (0, missing), value=fill)
         return padded.reshape(*values.shape[:-1], -1, self.m, self.kernel_size)
+
+
+def units(columns: Tensor, ids: np.ndarray) -> Tensor:
+    """Return the position in `ids` of each column's label, -1 where it is not among them."""
+    found = torch.full_like(columns, -1)
+    for unit, label in enumerate(ids):
+        found[columns == int(label)] = unit
+    return found
 
 
 def _check_range(keep: int, count: int, what: str) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xdonnx.columns import Geometry
 from xdonnx.convert import Program, Step, call, geometry, layer_tensors, run_layer
 from xdonnx.graph import Net
 from xdonnx.layers import Layer
-from xdonnx.moments import Geometry
 
 Chunks = list[Tensor]
 
@@ -48,17 +48,19 @@ class Stop:
         return all(a is b for a, b in zip(self.teacher, self.student, strict=True))
 
 
-# What one value of all rows may take: a walk holds a few of them, for two networks.
-MOST_BYTES = 1 << 28
+# What one value of all rows may take: a walk holds a few of them, for two networks. And the multiply-accumulates of all
+# rows in one network: ten seconds on a core.
+MOST_BYTES, MOST_MACS = 1 << 28, 2e11
 
 Weights = tuple[Tensor, Tensor | None]
 Visit = Callable[[Stop], Weights | None]
 
 
 def affordable(net: Net, rows: int) -> int:
-    """Return how many rows a walk may be shown, at most `rows`: so many that no value of them passes `MOST_BYTES`."""
+    """Return how many rows of views a walk may be shown, at most `rows`: within `MOST_BYTES` and `MOST_MACS`."""
     largest = max((prod(shape[1:]) for shape in net.shapes.values()), default=1)
-    return min(rows, MOST_BYTES // (4 * max(1, largest)))
+    macs = sum(layer.macs for layer in net.layers.values())
+    return min(rows, MOST_BYTES // (4 * max(1, largest)), int(MOST_MACS / max(1, macs)))
 
 
 def chunked(net: Net, inputs: Mapping[str, np.ndarray], most: int = 64) -> list[dict[str, np.ndarray]]:

@@ -3,7 +3,7 @@ from collections import namedtuple
 import pytest
 import torch
 
-from xdonnx.moments import Geometry
+from xdonnx.columns import Geometry
 
 Layer = namedtuple("Layer", "geometry weight bias teacher student")
 

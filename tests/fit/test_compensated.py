@@ -11,11 +11,12 @@ import torch
 from torch.nn import functional
 
 from xdonnx.budget import Budget, make_plan
+from xdonnx.columns import from_matrix, to_matrix
 from xdonnx.connection import compensated, correction, cross, imitation, objective, regression, soft
 from xdonnx.convert import checked, convert
 from xdonnx.graph import read_net
 from xdonnx.methods.layerwise import Bench, Rule, layerwise
-from xdonnx.moments import from_matrix, measure, measure_missing, to_matrix
+from xdonnx.moments import measure, measure_missing
 from xdonnx.patch import Patch, masked
 from xdonnx.runtime import answer, open_session
 from xdonnx.solve import Greedy, refit

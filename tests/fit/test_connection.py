@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from xdonnx.columns import from_matrix, to_matrix
 from xdonnx.connection import Quadratic, correction, cross, damped, imitation, named, objective, regression, soft
 from xdonnx.errors import JobError
-from xdonnx.moments import from_matrix, measure, to_matrix
+from xdonnx.moments import measure
 
 
 def outputs(x, layer, weight, bias):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from xdonnx.columns import Geometry, to_matrix
 from xdonnx.connection import correction, imitation, regression, soft
 from xdonnx.crossval import choose, measure_folds, total
-from xdonnx.moments import Geometry, measure, measure_missing, to_matrix
+from xdonnx.moments import measure, measure_missing
 
 LINEAR = Geometry("linear")
 CASES = {

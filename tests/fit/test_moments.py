@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from xdonnx.columns import Geometry, from_matrix, to_matrix, unroll
 from xdonnx.errors import ShotsError
-from xdonnx.moments import Geometry, Moments, from_matrix, measure, to_matrix, unroll
+from xdonnx.moments import Moments, measure
 
 CASES = {
     "plain": dict(),

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from xdonnx.columns import to_matrix
 from xdonnx.connection import Quadratic, damped, objective, regression
 from xdonnx.errors import JobError
-from xdonnx.moments import measure, to_matrix
+from xdonnx.moments import measure
 from xdonnx.solve import Greedy, refit, remove_jointly
 from xdonnx.structure import Channel, Element
 
@@ -190,3 +191,26 @@ def test_greedy_refuses_single_weights_and_counts_out_of_reach():
             Greedy()(q, start, structure, keep)
         with pytest.raises(JobError, match="cannot keep"):
             remove_jointly([(q, start, structure)], keep)
+
+
+@pytest.mark.parametrize("units", [40, 96])
+def test_quarters_at_once_cost_little_more_than_one_by_one(monkeypatch, units):
+    generator = torch.Generator().manual_seed(units)
+    d, width = units * 3, 3
+    mix = torch.randn((d, d // 3), generator=generator, dtype=torch.float64)
+    x = mix @ torch.randn((d // 3, 8 * d), generator=generator, dtype=torch.float64)
+    x += torch.randn((d, 8 * d), generator=generator, dtype=torch.float64)
+    teacher = torch.randn((1, 24, d), generator=generator, dtype=torch.float64)
+    hess = (x @ x.T / x.shape[1])[None]
+    q = damped(Quadratic(hess, teacher @ hess, ((teacher @ hess) * teacher).sum((1, 2))), teacher, 0.01, bias=False)
+    channel = Channel(torch.arange(units).repeat_interleave(width))
+
+    one_by_one = Greedy(swaps=0)(q, teacher, channel, units // 2)
+    monkeypatch.setattr("xdonnx.removal.WIDE", 0)
+    monkeypatch.setattr("xdonnx.solve.WIDE", 0)
+    at_once = Greedy(swaps=4)(q, teacher, channel, units // 2)
+
+    assert int(at_once.mask.any(1).sum()) == units // 2 * width
+    assert at_once.objective == pytest.approx(float(q(at_once.weight)), rel=1e-9)
+    assert one_by_one.objective <= at_once.objective * (1 + 1e-9)
+    assert at_once.objective < 1.05 * one_by_one.objective

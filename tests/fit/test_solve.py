@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from xdonnx.columns import from_matrix, to_matrix, unroll
 from xdonnx.connection import Quadratic, cross, damped, objective, regression
 from xdonnx.errors import JobError
-from xdonnx.moments import from_matrix, measure, to_matrix, unroll
+from xdonnx.moments import measure
 from xdonnx.solve import ADMM, PGD, SOLVERS, Greedy, refit
 from xdonnx.structure import Channel, Element, NofM
 

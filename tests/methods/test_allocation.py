@@ -240,3 +240,18 @@ def test_out_of_reach_is_nothing_to_do() -> None:
     with pytest.raises(NothingToDo, match=r"out of reach: .* remain") as raised:
         allocate(NET, [convex(at, [1.0] * 7) for at in range(3)], Budget("macs", 0.01, round_to=1))
     assert raised.value.exit_code == 7
+
+
+def test_coarse_curves_are_scaled_to_the_error_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"image": np.random.default_rng(0).standard_normal((40, 3, 8, 8)).astype(np.float32)}
+    groups = [at for at, group in enumerate(NET.groups) if not group.stream]
+    fine = curves_of(NET, inputs, groups)
+    monkeypatch.setattr(allocation, "WORK", 0)
+    coarse = curves_of(NET, inputs, groups)
+    assert len(coarse) == 3
+    for one, other in zip(fine, coarse, strict=True):
+        assert [kept for kept, _ in other.points] == [8, 6, 4, 2]
+        errors = [error for _, error in other.points]
+        assert errors[0] == 0 and errors == sorted(errors)
+        # Fewer samples measure it, so it is not the same to the last digit.
+        assert errors[2] == pytest.approx(dict(one.points)[4], rel=0.3)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xdonnx.budget import Budget, Plan, make_plan
+from xdonnx.columns import Geometry, from_matrix, to_matrix
 from xdonnx.connection import Quadratic, objective, regression
 from xdonnx.convert import checked, convert
 from xdonnx.errors import JobError
@@ -27,7 +28,7 @@ from xdonnx.methods.channel_pruning import by_lasso, lasso
 from xdonnx.methods.fskd import mixed
 from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.methods.thinet import rescaled, smallest_sum
-from xdonnx.moments import Geometry, Moments, from_matrix, measure, to_matrix
+from xdonnx.moments import Moments, measure
 from xdonnx.patch import Patch, cut, masked
 from xdonnx.shots import Shots
 from xdonnx.structure import Channel

@@ -94,9 +94,8 @@ class Cross:
         """Compress the net from these shots; see `xdonnx.methods.layerwise`."""
         paper = self.effort == "paper"
         ridge = self.ridge if self.ridge is not None else (0.0 if paper else 0.01)
-        rule = Rule(
-            self._connection(net), ridge, self._solver(plan), refit=not paper, bias=not paper, compensate=not paper
-        )
+        solver = self._solver(plan)
+        rule = Rule(self._connection(net), ridge, solver, not paper, not paper, compensate=not paper, exact=paper)
         open_choice = self.connection == "auto" and self.alpha is None and self.beta is None and self.ridge is None
         others = ALTERNATIVES if open_choice and self.effort in ("balanced", "best") else ()
         rows = self.views if self.views is not None else 0 if paper else VIEWS

@@ -25,7 +25,8 @@ from xdonnx.budget import Plan
 from xdonnx.connection import Quadratic, regression
 from xdonnx.errors import JobError
 from xdonnx.graph import Net
-from xdonnx.methods.layerwise import Bench, Outcome, Rule, layerwise, producer_norms
+from xdonnx.methods.joint import producer_norms
+from xdonnx.methods.layerwise import Bench, Outcome, Rule, layerwise
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots
 from xdonnx.solve import Greedy

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from xdonnx.budget import Plan, pattern_of
+from xdonnx.columns import from_matrix, to_matrix
 from xdonnx.convert import geometry
 from xdonnx.events import Event
 from xdonnx.graph import Net
-from xdonnx.methods.layerwise import Bench, Outcome, producer_norms, weight_structure
-from xdonnx.moments import from_matrix, to_matrix
+from xdonnx.methods.joint import producer_norms
+from xdonnx.methods.layerwise import Bench, Outcome, weight_structure
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots
 

@@ -9,35 +9,35 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from xdonnx.budget import Plan, pattern_of
-from xdonnx.connection import Connection, Quadratic, correction, damped, objective, regression
+from xdonnx.columns import from_matrix, to_matrix
+from xdonnx.connection import Connection, Quadratic, regression, restricted
 from xdonnx.convert import Program, stored
 from xdonnx.crossval import Candidate, choose, measure_folds, total
+from xdonnx.direct import Seen, dear, measure_directly, missed
 from xdonnx.events import Event, Log, ignore
-from xdonnx.graph import Group, Net
+from xdonnx.graph import Net
 from xdonnx.layers import Layer
-from xdonnx.moments import Geometry, from_matrix, measure, to_matrix, unroll
+from xdonnx.methods.joint import WIDEST, joint_choice
+from xdonnx.methods.wide import Fit, regressed, sampled_columns
+from xdonnx.moments import enough
 from xdonnx.patch import Patch
-from xdonnx.solve import Solver, refit, remove_jointly
-from xdonnx.structure import Channel, Element, NofM, Structure
+from xdonnx.solve import Solver, refit
+from xdonnx.structure import Channel, Element, NofM, Structure, units
 from xdonnx.walk import Stop, Weights, chunked, walk
 
-# A layer with more columns than this is fitted from its columns: the moments and their factors would take over 2 GB.
-WIDEST = 6000
-# With more columns than this the dozen refits that folds ask for cost more than they bring.
-WIDEST_FOLDED = 2500
+# With more columns or weights than this the dozen refits that folds ask for cost more than they bring.
+WIDEST_FOLDED, MOST_FOLDED = 2500, 1_000_000
 # Parts that the samples are cut into to choose a layer's connection and ridge, and the advantage that a change needs.
 FOLDS, LEAN = 3, 0.05
-# Entries of the columns that are then held at once.
-MOST_ENTRIES = 1 << 26
-# Up to this many readers of the same channels are weighed exactly, with the others adapting; beyond, one by one.
-MOST_JOINT = 4
+# A ridge above which rounding to float32 is far below what the ridge itself changes.
+LEAST_RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,9 @@ class Rule:
     compensate : bool
         Whether the last layer of a residual branch makes up for the error of the other branch too, see
         :func:`xdonnx.connection.compensated`.
+    exact : bool
+        Whether every position of every sample is looked at, in float64. Else many times as many as there are unknowns
+        do, see :func:`xdonnx.moments.enough`; float32 products are as good where there is a ridge.
     """
 
     connection: Connection
@@ -124,6 +127,7 @@ class Rule:
     refitter: Refitter | None = None
     compensate: bool = True
     others: tuple[Candidate, ...] = ()
+    exact: bool = False
 
 
 def layerwise(
@@ -148,7 +152,7 @@ def layerwise(
     Outcome
     """
     rows = sum(len(next(iter(batch.values()))) for batch in chunked(net, inputs))
-    drop = set(patch.drop) | joint_choice(net, patch, inputs, plan, rule, bench)
+    drop = set(patch.drop) | joint_choice(net, bench.program, inputs, plan, rule.ridge, bench.log)
     visitor = _Visitor(net, plan, rule, bench, drop, dict(patch.tensors), rows, samples or rows)
     walk(net, bench.program, inputs, visitor)
     return Outcome(Patch(visitor.tensors, frozenset(visitor.drop)), tuple(visitor.traces))
@@ -214,28 +218,46 @@ class _Visitor:
         return bool(loses or read & self.drop or (self.rule.refit and not stop.agree))
 
     def _fit(self, stop: Stop) -> tuple[Weights, float, float]:
-        layer = stop.layer
-        with_bias = self.rule.bias and stop.bias is not None
+        layer, rule = stop.layer, self.rule
         if len(layer.columns) > WIDEST:
             return self._fit_wide(stop)
-        rule, beside = self.rule, stop.beside if self.rule.compensate else None
-        folds = measure_folds(
-            stop.teacher,
-            stop.student,
-            beside,
-            stop.geometry,
-            bias=with_bias,
-            rows=self.rows,
-            samples=self.samples,
-            folds=FOLDS if rule.others and not stop.agree and len(layer.columns) <= WIDEST_FOLDED else 1,
-        )
-        whole = total(folds)
-        moments = whole.moments
-        teacher = to_matrix(stop.weight, stop.bias if with_bias else None, stop.geometry).to(moments.tt)
+        with_bias = rule.bias and stop.bias is not None
+        each = 0 if rule.exact else enough(len(layer.columns), self.rows)
+        precision = torch.float32 if not rule.exact and rule.ridge >= LEAST_RIDGE else torch.float64
+        how: dict[str, Any] = {"bias": with_bias, "each": each, "dtype": precision}
+        teacher = to_matrix(stop.weight, stop.bias if with_bias else None, stop.geometry).double()
         columns = torch.tensor(layer.columns, device=teacher.device)
         if with_bias:
             columns = torch.cat([columns, columns.new_full((1,), -1)])
-        judge = whole.quadratic((regression(), 0.0), teacher, bias=with_bias)
+        seen = Seen(stop.teacher, stop.student, stop.beside if rule.compensate else None, stop.geometry)
+        if not rule.exact and not stop.agree and dear(len(layer.columns), each * self.rows):
+            quadratic = measure_directly(seen, (rule.connection, rule.ridge), teacher, **how)
+            matrix, mask = self._settle(layer, quadratic, teacher, columns)
+            before, after = missed(seen, teacher, (teacher * mask, matrix), bias=with_bias)
+        else:
+            matrix, before, after = self._fit_moments(seen, stop.agree, teacher, columns, layer, how)
+        weight, bias = from_matrix(matrix, stop.geometry, with_bias, tuple(stop.weight.shape))
+        fitted = bias.to(stop.bias) if bias is not None and stop.bias is not None else stop.bias
+        return (weight.to(stop.weight), fitted), max(before, 0.0), max(after, 0.0)
+
+    def _fit_moments(
+        self, seen: Seen, agree: bool, teacher: Tensor, columns: Tensor, layer: Layer, how: dict[str, Any]
+    ) -> tuple[Tensor, float, float]:
+        """Fit a layer whose moments are cheap enough: folds of them may choose another connection and ridge."""
+        rule, with_bias = self.rule, how["bias"]
+        folding = rule.others and not agree and len(layer.columns) <= WIDEST_FOLDED and teacher.numel() <= MOST_FOLDED
+        parts = measure_folds(
+            seen.teacher,
+            seen.student,
+            seen.beside,
+            seen.geometry,
+            rows=self.rows,
+            samples=self.samples,
+            folds=FOLDS if folding else 1,
+            **how,
+        )
+        folds = [part.with_teacher(teacher) for part in parts] if len(parts) > 1 else parts
+        whole = total(folds)
         candidates = ((rule.connection, rule.ridge), *rule.others)
         matrix, mask = self._settle(layer, whole.quadratic(candidates[0], teacher, bias=with_bias), teacher, columns)
         alive = self._alive(columns)
@@ -243,11 +265,9 @@ class _Visitor:
         if best:
             quadratic = restricted(whole.quadratic(candidates[best], teacher, bias=with_bias), alive)
             matrix[..., alive] = refit(quadratic, mask[..., alive], teacher[..., alive])
-        weight, bias = from_matrix(matrix, stop.geometry, with_bias, tuple(stop.weight.shape))
-        energy = max(float(((teacher @ moments.tt) * teacher).sum()), 1e-30)
-        before, after = float(judge(teacher * mask)) / energy, float(judge(matrix)) / energy
-        fitted = bias.to(stop.bias) if bias is not None and stop.bias is not None else stop.bias
-        return (weight.to(stop.weight), fitted), max(before, 0.0), max(after, 0.0)
+        judge = whole.quadratic((regression(), 0.0), teacher, bias=with_bias)
+        energy = max(float(((teacher @ whole.moments.tt) * teacher).sum()), 1e-30)
+        return matrix, float(judge(teacher * mask)) / energy, float(judge(matrix)) / energy
 
     def _settle(self, layer: Layer, quadratic: Quadratic, teacher: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's weights (g, o, d), zero where dropped, and the mask of what stays."""
@@ -292,11 +312,10 @@ class _Visitor:
         return ~torch.isin(columns, dropped)
 
     def _fit_wide(self, stop: Stop) -> tuple[Weights, float, float]:
-        """Fit a layer with more columns than moments can hold, from the columns themselves.
+        """Fit a layer with more columns than moments can hold.
 
-        With fewer positions than columns the ridge solution is `W_T + E (X'X + lambda I)^-1 X'`, where E is what the
-        removal leaves undone (the Woodbury identity); channels go by the energy of what they add. Single weights go by
-        magnitude and the rest stays as it is: rows differ in support, and so would need a system each.
+        Channels go by the energy of what they add. Single weights go by magnitude and the rest stays as it is: rows
+        differ in support, and so would need a system each.
         """
         layer = stop.layer
         text = f"'{layer.name}' has {len(layer.columns)} columns: fitted by regression, whatever the connection."
@@ -312,43 +331,18 @@ class _Visitor:
             order = torch.argsort(score, descending=True, stable=True)
             self.drop.update(int(ids[int(u)]) for u in order[self.plan.channels[at] :])
         alive = self._alive(columns)
-        mask = alive.expand(teacher.shape).clone()
-        target = teacher @ x_t
         structure = weight_structure(layer, self.plan, alive, columns, teacher)
         if structure is not None:
+            mask = alive.expand(teacher.shape).clone()
             keep = min(self.plan.weights.get(layer.name, structure.least), structure.count)
             mask[..., alive] = structure.project(teacher[..., alive], keep)
+            target = teacher @ x_t
             left = float((target - teacher * mask @ x_s).square().sum() / target.square().sum().clamp(min=1e-30))
-            weight, _ = from_matrix(teacher * mask, stop.geometry, False, tuple(stop.weight.shape))
-            return (weight.to(stop.weight), stop.bias), left, left
-        undone = target - teacher[..., alive] @ x_s[:, alive]
-        before = float(undone.square().sum() / target.square().sum().clamp(min=1e-30))
-        gram = x_s[:, alive].mT @ x_s[:, alive]
-        pull = max(self.rule.ridge, 1e-6) * gram.diagonal(dim1=1, dim2=2).sum(1) / max(int(alive.sum()), 1)
-        size = gram.shape[-1]
-        gram = gram + (pull * size).reshape(-1, 1, 1) * torch.eye(size, dtype=gram.dtype, device=gram.device) / size
-        step = torch.linalg.solve(gram, undone.mT).mT @ x_s[:, alive].mT
-        made = torch.where(mask, teacher, 0.0)
-        made[..., alive] += step
-        after = float((target - made @ x_s).square().sum() / target.square().sum().clamp(min=1e-30))
-        weight, _ = from_matrix(made, stop.geometry, False, tuple(stop.weight.shape))
-        return (weight.to(stop.weight), stop.bias), before, after
-
-
-def restricted(quadratic: Quadratic, alive: Tensor) -> Quadratic:
-    """Return the same error as a function of some columns, the others held at zero."""
-    if bool(alive.all()):
-        return quadratic
-    hess = quadratic.hess[:, alive][:, :, alive]
-    return Quadratic(hess, quadratic.lin[..., alive], quadratic.const)
-
-
-def units(columns: Tensor, ids: np.ndarray) -> Tensor:
-    """Return the position in `ids` of each column's label, -1 where it is not among them."""
-    found = torch.full_like(columns, -1)
-    for unit, label in enumerate(ids):
-        found[columns == int(label)] = unit
-    return found
+            fit = Fit(teacher * mask, left, left)
+        else:
+            fit = regressed(teacher, x_t, x_s, alive, self.rule.ridge)
+        weight, _ = from_matrix(fit.weight, stop.geometry, False, tuple(stop.weight.shape))
+        return (weight.to(stop.weight), stop.bias), fit.before, fit.after
 
 
 def weight_structure(layer: Layer, plan: Plan, alive: Tensor, columns: Tensor, teacher: Tensor) -> Structure | None:
@@ -363,84 +357,3 @@ def weight_structure(layer: Layer, plan: Plan, alive: Tensor, columns: Tensor, t
     if pattern is None:
         return Element(free, rows)
     return NofM(*pattern, int(np.prod(layer.kernel)), free, rows)
-
-
-def sampled_columns(chunks: list[Tensor], geometry: Geometry) -> Tensor:
-    """Return the unrolled columns (g, d, positions) in float64, evenly thinned where they are too many."""
-    parts = []
-    for chunk in chunks:
-        part = unroll(chunk, geometry)
-        most = max(1, MOST_ENTRIES // (part.shape[1] * len(chunks)))
-        stride = -(-part.shape[2] // most)
-        parts.append(part[:, :, ::stride])
-    return torch.cat(parts, 2).double()
-
-
-def joint_choice(
-    net: Net, patch: Patch, inputs: Mapping[str, np.ndarray], plan: Plan, rule: Rule, bench: Bench
-) -> set[int]:
-    """Return the labels that go from channels which several layers read.
-
-    The first reader must not decide for all, so every reader's moments are taken in a walk of the teacher alone, and a
-    channel's cost is summed over them.
-    """
-    open_groups = {at: net.groups[at] for at in plan.channels if len(net.groups[at].readers) > 1}
-    if not open_groups:
-        return set()
-    last = {at: max(group.readers, key=list(net.layers).index) for at, group in open_groups.items()}
-    problems: dict[int, list[tuple[Quadratic, Tensor, Channel]]] = {at: [] for at in open_groups}
-    drop: set[int] = set()
-
-    def visit(stop: Stop) -> None:
-        name = stop.layer.name
-        mine = [at for at, group in open_groups.items() if name in group.readers]
-        if mine and len(stop.layer.columns) <= WIDEST:
-            moments = measure(stop.teacher, stop.teacher, stop.geometry, bias=stop.bias is not None)
-            teacher = to_matrix(stop.weight, stop.bias, stop.geometry).to(moments.tt)
-            quadratic = objective(correction(), moments, teacher)
-            quadratic = damped(quadratic, teacher, max(rule.ridge, 1e-4), bias=stop.bias is not None)
-            columns = torch.tensor(stop.layer.columns, device=teacher.device)
-            if stop.bias is not None:
-                columns = torch.cat([columns, columns.new_full((1,), -1)])
-            for at in mine:
-                problems[at].append((quadratic, teacher, Channel(units(columns, open_groups[at].ids))))
-        for at in mine:
-            if last[at] == name:
-                bench.log(Event("fit", f"{open_groups[at].name}: read by {len(open_groups[at].readers)} layers"))
-                drop.update(_least_missed(net, open_groups[at], problems.pop(at), plan.channels[at]))
-
-    walk(net, bench.program, inputs, visit)
-    return drop
-
-
-def _least_missed(net: Net, group: Group, problems: list[tuple[Quadratic, Tensor, Channel]], keep: int) -> list[int]:
-    if problems and len(problems) <= MOST_JOINT:
-        stays = remove_jointly(problems, keep).cpu().numpy()
-        return [int(label) for label, stay in zip(group.ids, stays, strict=True) if not stay]
-    score = np.zeros(len(group.ids))
-    for quadratic, teacher, channel in problems:
-        energy = (teacher @ quadratic.hess * teacher).sum((0, 1)) / quadratic.const.sum().clamp(min=1e-30)
-        for unit in range(len(group.ids)):
-            score[unit] += float(energy[channel.columns == unit].sum())
-    if not problems:
-        score = producer_norms(net, group)
-    order = np.argsort(-score, kind="stable")
-    return [int(group.ids[unit]) for unit in order[keep:]]
-
-
-def producer_norms(net: Net, group: Group) -> np.ndarray:
-    """Return the L1 norm of the filters that make each unit, summed over producers (Li et al., ICLR 2017)."""
-    score = np.zeros(len(group.ids))
-    for name in group.producers:
-        layer = net.layers[name]
-        weight = np.abs(net.array(layer.weight))
-        if layer.op == "ConvTranspose":
-            rows = weight.reshape(layer.groups, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(len(layer.out_ids), -1)
-        elif layer.transposed:
-            rows = weight.T
-        else:
-            rows = weight.reshape(len(layer.out_ids), -1)
-        norms = rows.sum(1)
-        for unit, label in enumerate(group.ids):
-            score[unit] += norms[layer.out_ids == label].sum()
-    return score
