@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -15,11 +14,11 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from xdonnx.errors import MachineError, XdonnxError
 from xdonnx_cli.benching import bench
 from xdonnx_cli.compress import compress
 from xdonnx_cli.configuration import CONFIGURED, Settings, explained
 from xdonnx_cli.doctor import doctor
+from xdonnx_cli.ending import INTERRUPTED, ended
 from xdonnx_cli.flags import SWITCH
 from xdonnx_cli.grouping import HELP, grouped
 from xdonnx_cli.inspection import inspect
@@ -29,9 +28,10 @@ from xdonnx_cli.options import flags_of
 from xdonnx_cli.planning import plan
 from xdonnx_cli.reporting import report
 from xdonnx_cli.starting import init, schema
+from xdonnx_cli.sweeping import sweep
 from xdonnx_cli.terminal import say, stderr
 
-INTERRUPTED, TERMINATED, PIPE_CLOSED = 130, 143, 141
+TERMINATED, PIPE_CLOSED = 143, 141
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,6 +64,12 @@ COMMANDS: tuple[tuple[Callable[..., int], str], ...] = (
         bench,
         "xdonnx bench model.onnx student.onnx\n\n"
         "xdonnx bench model.onnx student.onnx --threads 1 --batch 8 --input-shape image:1x3x224x224",
+    ),
+    (
+        sweep,
+        "xdonnx sweep sweep.toml --dry-run\n\n"
+        "xdonnx sweep sweep.toml -o results --jobs 4\n\n"
+        "xdonnx sweep search.toml --trials 64 --backend ray --address auto",
     ),
     (methods, "xdonnx methods"),
     (doctor, "xdonnx doctor\n\nxdonnx doctor --json"),
@@ -163,30 +169,8 @@ def _failed(error: Exception, settings: Settings, *, verbose: bool) -> int:
     console = stderr()
     if verbose:
         say(console, "".join(traceback.format_exception(error)).rstrip())
-    code, text = _told(error)
+    code, text = ended(error)
     if text:
         console.print("error:", style="bold red", end=" ")
         say(console, explained(text, settings))
     return code
-
-
-def _told(error: Exception) -> tuple[int, str]:
-    """Return the exit code and the message of an error."""
-    if isinstance(error, XdonnxError):
-        return error.exit_code, str(error)
-    # typer's own errors; their class has another home in every few versions of typer.
-    usage = getattr(error, "format_message", None)
-    if usage is not None:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            return 2, ""  # the help was printed
-        where = getattr(getattr(error, "ctx", None), "command_path", "xdonnx")
-        return 2, f"{usage()}\n  See: {where} --help"
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return MachineError.exit_code, f"out of memory: {error}\n  Use fewer samples: --max-shots, or a larger machine."
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return MachineError.exit_code, f"the disk is full: {error}\n  Free space, or set TMPDIR to another disk."
-    name = type(error).__name__
-    return 1, (
-        f"internal: {name}: {error}\n"
-        "  This is a defect of xdonnx. Please report it with the command and the traceback that -v prints."
-    )

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from xdonnx.errors import JobError, ModelError, ShotsError
 from xdonnx_cli.flags import Pixels, Sizes, Talk, data, running
-from xdonnx_cli.output import check_json, put_json, tables
+from xdonnx_cli.output import put_json, tables
 from xdonnx_cli.progress import told
 from xdonnx_cli.terminal import plain_table, room, say, shortened
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     Feed = dict[str, np.ndarray[Any, Any]]
 
 ROUNDS, SECONDS, WARM_UP = 1000, 2.0, 0.3
-# Rounds are cut into so many spans of time; the ratio of each is one vote on the true one.
-_SPANS = 10
+# Below this confidence nothing is concluded.
+_SURE = 0.95
 
 _SHOTS = (
     "Feed real samples: a folder of images, .npz or .npy. NAME=PATH, repeated, for several inputs. Default: random "
@@ -53,8 +53,9 @@ class Timing:
     ratio : float
         Of the medians.
     low, high : float
-        Between these the ratio lies with at least 95 % confidence, slow drifts of the machine included; six runs
-        are the fewest that can say so.
+        Between these the ratio lies with that confidence, slow drifts of the machine included.
+    confidence : float
+        At least 0.95 of six runs or more, the fewest that can say so; below that nothing is concluded.
     """
 
     model: Path
@@ -66,10 +67,13 @@ class Timing:
     ratio: float
     low: float
     high: float
+    confidence: float
 
     @property
     def verdict(self) -> str:
         """What can be said of it beside the first model."""
+        if self.confidence < _SURE:
+            return "too few runs"
         if self.low > 1:
             return "slower"
         return "faster" if self.high < 1 else "no difference"
@@ -77,7 +81,8 @@ class Timing:
 
 def bench(
     models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL...", help="ONNX files; the first one is 1.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="MODEL...", readable=False, help="ONNX files; the first one is 1.", show_default=False),
     ],
     pixels: Pixels,
     sizes: Sizes,
@@ -99,7 +104,6 @@ def bench(
     Median and quartiles of each after a warm-up, and its ratio to the first model with the band that noise leaves.
     """
     preprocess, shapes = pixels.preprocess(), sizes.shapes()
-    check_json(talk.json)
     from xdonnx.doctor import check_device
     from xdonnx.model import file_bytes, interface, read_proto
     from xdonnx.verification import turns
@@ -228,28 +232,21 @@ def _first(inputs: Mapping[str, np.ndarray[Any, Any]], batch: int) -> Feed:
 
 
 def _timing(model: Path, size: int, times: np.ndarray[Any, Any], at: int, provider: str) -> Timing:
-    """Compare one column of (runs, models) milliseconds with the first.
-
-    The rounds are cut into ten spans of time, each with a ratio of its own medians. The true one lies between the
-    second smallest and the second largest of ten with 97.9 % confidence, whatever the noise is like; between the
-    smallest and the largest of six or more with 96.9 %.
-    """
+    """Compare one column of (runs, models) milliseconds with the first."""
     import numpy as np
 
+    from xdonnx.intervals import ratio_band
+
     q1, median, q3 = (float(value) for value in np.percentile(times[:, at], (25, 50, 75)))
-    spans = np.array_split(times, min(_SPANS, len(times)))
-    ratios = sorted(float(np.median(span[:, at]) / np.median(span[:, 0])) for span in spans)
-    trim = 1 if len(ratios) == _SPANS else 0
-    ratio = median / float(np.median(times[:, 0]))
-    # The ratio of all may fall just outside of that of the parts.
-    low, high = min(ratio, ratios[trim]), max(ratio, ratios[-1 - trim])
-    return Timing(model, size, median, q1, q3, provider, ratio, low, high)
+    band = ratio_band(times[:, 0], times[:, at])
+    return Timing(model, size, median, q1, q3, provider, band.value, band.low, band.high, band.confidence)
 
 
 def _show(console: Console, found: Sequence[Timing], facts: Mapping[str, Any], feed: Feed, *, quiet: bool) -> None:
     compared = len(found) > 1
     names = shortened([str(timing.model) for timing in found], room(console, 70 if compared else 30))
-    extra = ("ratio", "95 % sure", "<") if compared else ()
+    sure = all(timing.confidence >= _SURE for timing in found)
+    extra = ("ratio", f"{100 * _SURE:.0f} % sure" if sure else "seen", "<") if compared else ()
     table = plain_table("", "median", "q1 to q3", *extra)
     for at, timing in enumerate(found):
         cells = [names[str(timing.model)], f"{timing.median:.3g} ms", f"{timing.q1:.3g} to {timing.q3:.3g}"]

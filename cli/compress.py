@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +12,11 @@ import typer
 
 from xdonnx.errors import MachineError
 from xdonnx_cli.configuration import Origins
+from xdonnx_cli.ending import attempted
 from xdonnx_cli.flags import PLAN, SWITCH, Data, Limits, Pixels, Recipe, Sizes, Talk, Target, output, running
-from xdonnx_cli.output import check_json, command_line, put_json, tables
+from xdonnx_cli.output import command_line, put_json, tables
 from xdonnx_cli.progress import told
-from xdonnx_cli.wanted import fields, library
+from xdonnx_cli.wanted import check_cheaply, fields, library
 
 if TYPE_CHECKING:
     from xdonnx.job import Job
@@ -40,7 +42,9 @@ class Files:
 
 
 def compress(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The teacher: an ONNX file.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", readable=False, help="The teacher: an ONNX file.", show_default=False)
+    ],
     data: Data,
     pixels: Pixels,
     sizes: Sizes,
@@ -59,34 +63,46 @@ def compress(
     student not slower beyond the noise, weights removed. --warn-only smaller lifts the first, --max-latency-ratio 1.5
     moves the second.
     """
-    gate, wanted = limits.gate(), fields(data, pixels, sizes, target)
-    check_json(talk.json)
-    from xdonnx.paths import report_folder
+    from xdonnx.paths import check_student, report_folder
 
     folder = report_folder(files.out, files.report_dir)
-    work = library()
-    job: Job = work.Job(
-        model=model,
-        out=files.out,
-        plan=plan,
-        **wanted,
-        **{**vars(recipe), "method": tuple(recipe.method or ("cross",))},
-        gate=gate,
-        force=files.force,
-        external_data=files.external_data,
-        device=files.device,
-        seed=files.seed,
-    )
+    options = {**vars(recipe), "method": tuple(recipe.method or ("cross",))}
     if files.dry_run:
-        return _dry_run(work, job, origins, talk)
-    with told(talk) as log:
-        report: Report = work.run(job, log, command=command_line())
-    return _finish(report, job, folder, talk)
+        check_cheaply(model, target, options["method"])
+        return _dry_run(_job(model, plan, options, fields(data, pixels, sizes, target), limits, files), origins, talk)
+    asked = {"model": model, "out": files.out, **vars(data), **vars(target), **options, "plan": plan}
+    with attempted(_own(folder, files), asked, device=files.device, seed=files.seed) as attempt:
+        check_cheaply(model, target, options["method"])
+        check_student(files.out, model, force=files.force, external=files.external_data)
+        job = _job(model, plan, options, fields(data, pixels, sizes, target), limits, files)
+        with told(talk) as log:
+            report: Report = library().run(job, attempt.noting(log), command=command_line())
+        drawn = _published(report, job, folder)
+        attempt.kept = True
+    return _finish(report, job, drawn, talk)
 
 
-def _dry_run(work: Any, job: Job, origins: Origins, talk: Talk) -> int:
+def _own(folder: Path, files: Files) -> Path | None:
+    """Return the folder where a failure is reported: the one that was named, or an old one beside OUT.
+
+    Without --force an OUT that exists stays, and so does the report beside it, which is that of OUT.
+    """
+    stays = files.out.exists() and not files.force
+    return folder if files.report_dir is not None or (folder.is_dir() and not stays) else None
+
+
+def _job(
+    model: Path, plan: Path | None, options: dict[str, Any], wanted: dict[str, Any], limits: Limits, files: Files
+) -> Job:
+    kept = {name: getattr(files, name) for name in ("out", "force", "external_data", "device", "seed")}
+    made: Job = library().Job(model=model, plan=plan, **wanted, **options, gate=limits.gate(), **kept)
+    return made
+
+
+def _dry_run(job: Job, origins: Origins, talk: Talk) -> int:
     from xdonnx_cli.plan import as_dict, show_plan
 
+    work = library()
     with told(talk) as log:
         ready = work.prepared(job, log, writes=False)
         if job.measured():
@@ -97,18 +113,30 @@ def _dry_run(work: Any, job: Job, origins: Origins, talk: Talk) -> int:
     return 0
 
 
-def _finish(report: Report, job: Job, folder: Path, talk: Talk) -> int:
-    """Keep the report and show it."""
+def _published(report: Report, job: Job, folder: Path) -> list[Path]:
     from xdonnx.publication import write_report
+
+    try:
+        return write_report(report, folder)
+    except MachineError as error:
+        raise MachineError(
+            f"{error}\n  The student is whole, and {report.status}: '{_student(report, job)}'."
+        ) from error
+
+
+def _student(report: Report, job: Job) -> Path:
+    from xdonnx.paths import rejected_path
+
+    return job.out if report.exit_code == 0 else rejected_path(job.out)
+
+
+def _finish(report: Report, job: Job, drawn: Sequence[Path], talk: Talk) -> int:
+    """Show the report, and what was written."""
+    from xdonnx.model import data_path
     from xdonnx_cli.show import show
 
-    student = Path(report.files.student.path) if report.files.student else job.out
-    try:
-        drawn = write_report(report, folder)
-    except MachineError as error:
-        raise MachineError(f"{error}\n  The student is whole, and {report.status}: '{student}'.") from error
     put_json(talk.json, report.model_dump_json(indent=2))
-    beside = [path for path in (student.with_name(f"{student.name}.data"),) if path.is_file()]
-    written = [student, *beside, *drawn]
-    show(tables(talk), report, written=written, quiet=talk.quiet)
+    student = _student(report, job)
+    beside = [path for path in (data_path(student),) if path.is_file()]
+    show(tables(talk), report, written=[student, *beside, *drawn], quiet=talk.quiet)
     return report.exit_code

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,18 +26,17 @@ import typer
 
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx_cli.options import Flag
+from xdonnx_cli.precedence import void
+from xdonnx_cli.searching import PROJECT, chosen, table_of, text_of
 from xdonnx_cli.terminal import say, stderr
 
-FILE, PROJECT, PREFIX = "xdonnx.toml", "pyproject.toml", "XDONNX_"
+PREFIX = "XDONNX_"
 # A key of several commands is of the kind that the first of these has: --json of inspect is another, a switch.
 CONFIGURED = ("compress", "plan", "verify", "gate", "inspect", "bench")
 # Meant something else by each command, so it stands in a command's own table.
 OWN = ("out", "report_dir")
 # Of ours, but no options: the folder of real models that tests run on, and the one that says which file.
 _OTHERS = ("XDONNX_DATA", "XDONNX_CONFIG")
-# `--plan` brings these with it; `--shots` and `--synthetic-shots` are two answers to one question, as targets are.
-_OF_PLAN = ("structure", "include", "exclude", "round_to", "residual", "allocation")
-_SAMPLES = ("shots", "synthetic_shots")
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 Value = str | list[str] | bool
@@ -130,25 +128,40 @@ def configure(context: typer.Context, given: str | None) -> None:
     context.default_map = {name: setting.value for name, setting in settings.used.items()}
 
 
-def weighed(context: typer.Context, flags: Mapping[str, Flag], given: dict[str, Any]) -> tuple[dict[str, Any], Origins]:
-    """Return the values of a command with what was typed replacing its alternatives, and where each comes from."""
+def weighed(
+    context: typer.Context, flags: Mapping[str, Flag], given: dict[str, Any], off: Set[str] = frozenset()
+) -> tuple[dict[str, Any], Origins]:
+    """Return the values of a command with what was typed replacing its alternatives, and where each comes from.
+
+    Parameters
+    ----------
+    context : typer.Context
+    flags : mapping
+        Of the command.
+    given : dict
+        {flag: value}, as typer has it.
+    off : set of str
+        Switches that were typed off.
+    """
+    given = {**given, **dict.fromkeys(off, False)}
     settings = context.find_object(Settings)
     if settings is None or not settings.commands:
         return given, {}
-    used, typed = settings.used, {}
+    used, typed = settings.used, dict[str, Any]()
     origins = dict.fromkeys(flags, Origin("default"))
     for name, flag in flags.items():
         source = settings.source(name)
-        if source == "COMMANDLINE":
+        if name in off:
+            used.pop(name, None)
+        if source == "COMMANDLINE" or name in off:
             origins[name] = Origin("command line", flag.shown)
-            typed[name] = flag
+            typed[name] = given[name]
         elif source == "DEFAULT_MAP":
             origins[name] = used[name].origin
-    for name in set(used) - set(typed):
-        if _gives_way(flags[name], typed):
-            given[name] = flags[name].default
-            origins[name] = Origin("default")
-            used.pop(name)
+    for name in void({name: setting.value for name, setting in used.items()}, typed, flags):
+        given[name] = flags[name].default
+        origins[name] = Origin("default")
+        used.pop(name)
     return given, origins
 
 
@@ -168,18 +181,11 @@ def explained(text: str, settings: Settings) -> str:
     return text + "".join(lines)
 
 
-def _gives_way(flag: Flag, others: Mapping[str, Any]) -> bool:
-    """Whether a value yields to those of a higher place that answer the same question."""
-    if flag.name in _SAMPLES:
-        return any(name in others for name in _SAMPLES if name != flag.name)
-    if flag.is_target:
-        return any(other.is_target for name, other in others.items() if name != flag.name)
-    return flag.name in _OF_PLAN and "plan" in others
-
-
 def _replaced(lower: Mapping[str, Setting], higher: Mapping[str, Setting]) -> dict[str, Setting]:
-    flags = {name: setting.flag for name, setting in higher.items()}
-    return {name: setting for name, setting in lower.items() if not _gives_way(setting.flag, flags)}
+    flags = {name: setting.flag for name, setting in {**lower, **higher}.items()}
+    values = ({name: setting.value for name, setting in place.items()} for place in (lower, higher))
+    gone = void(*values, flags)
+    return {name: setting for name, setting in lower.items() if name not in gone}
 
 
 def shared(known: Mapping[str, Mapping[str, Flag]]) -> dict[str, Flag]:
@@ -232,57 +238,6 @@ def _of_text(flag: Flag, text: str, variable: str) -> Value:
 # The file
 
 
-def chosen(given: str | None) -> Path | None:
-    """Return the file: the one that is named, none if that is 'none', else the nearest; None where there is none."""
-    if given is None:
-        return nearest(Path.cwd())
-    if given == "none":
-        return None
-    path = Path(given).expanduser()
-    if not path.exists() or path.is_dir():
-        raise JobError(f"no configuration at '{given}'.\n  Write one with xdonnx init, or pass --config none.")
-    return path
-
-
-def nearest(folder: Path) -> Path | None:
-    """Return the first `xdonnx.toml`, or `pyproject.toml` with a table for us, from a folder upwards.
-
-    The search ends with the folder that holds a repository, or with the home folder.
-    """
-    for place in (folder, *folder.parents):
-        if (place / FILE).is_file():
-            return place / FILE
-        project = place / PROJECT
-        # Somebody else's broken file is not our business.
-        if project.is_file() and "tool.xdonnx" in _text(project) and _table(project) is not None:
-            return project
-        if place == Path.home() or any((place / mark).exists() for mark in (".git", ".hg")):
-            return None
-    return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"cannot read '{path}': {error}.\n  Mend it, or pass --config none.") from error
-
-
-def _table(path: Path) -> dict[str, Any] | None:
-    """Return our part of a file; None where it has none."""
-    try:
-        whole = tomllib.loads(_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise JobError(f"'{path}' is not TOML: {error}.\n  Text is quoted there: macs = \"50%\".") from error
-    if path.name != PROJECT:
-        return whole
-    tools = whole.get("tool", {})
-    ours = tools.get("xdonnx") if isinstance(tools, dict) else None
-    if ours is not None and not isinstance(ours, dict):
-        raise JobError(f"'{path}': tool.xdonnx is no table.\n  Write [tool.xdonnx] above the keys.")
-    return ours
-
-
 def from_file(path: Path, known: Mapping[str, Mapping[str, Flag]], command: str) -> dict[str, Setting]:
     """Return what a file says to a command.
 
@@ -293,7 +248,7 @@ def from_file(path: Path, known: Mapping[str, Mapping[str, Flag]], command: str)
     JobError
         The file is not TOML, a key is unknown, a value is of the wrong type.
     """
-    table = _table(path)
+    table = table_of(path)
     if table is None:
         raise JobError(f"'{path}' has no table [tool.xdonnx].\n  Add it, or name another file.")
     lines = _lines(path)
@@ -400,13 +355,21 @@ def placed(flag: Flag, text: str, base: Path) -> str:
     """Return a path as it is from here, where it stands in a file as it is from there; other text as it is."""
     if not flag.is_path or text == "-":
         return text
-    if flag.beside_path and re.fullmatch(r"[\d.]+%?", text.strip()):
+    if flag.beside_path - {"-"} and _number(text):
         return text
     if flag.kind == "list" and "=" in text and not (base / text).exists():
         name, _, path = text.partition("=")
         return f"{name}={placed(flag, path, base)}"
     path = os.path.expanduser(text)
     return path if base.resolve() == Path.cwd() else str(base / path)
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text.strip().removesuffix("%"))
+    except ValueError:
+        return False
+    return True
 
 
 def _said(value: Any) -> str:
@@ -429,7 +392,7 @@ def _lines(path: Path) -> dict[tuple[str, ...], int]:
     above = ("tool", "xdonnx") if path.name == PROJECT else ()
     table: tuple[str, ...] = ()
     found: dict[tuple[str, ...], int] = {}
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(text_of(path).splitlines(), 1):
         if header := re.match(r"\s*\[+([^\[\]]+)\]", line):
             whole = table = _parts(header[1])
         elif key := re.match(r"\s*([\w\s.\"'-]+?)\s*=", line):

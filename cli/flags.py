@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +49,8 @@ def fraction(text: str) -> float:
     number = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*(%?)\s*", str(text))
     if number is None:
         raise typer.BadParameter(f"'{text}' is no number. Write 50% or 0.5.")
-    value = float(number[1]) / (100 if number[2] else 1)
+    # As a decimal, since 99.9 / 100 is not 0.999.
+    value = float(f"{number[1]}e-2" if number[2] else number[1])
     if value > 1 and not number[2]:
         meant = f"{text}%" if 2 <= value <= 100 else "50%"
         raise typer.BadParameter(
@@ -233,11 +234,6 @@ class Limits:
     ] = None
     confidence: Annotated[float | None, limit("--confidence", "P", _SURE, parser=fraction)] = None
     warn_only: Annotated[list[str] | None, limit("--warn-only", "GATE", _WARN)] = None
-
-    @property
-    def given(self) -> bool:
-        """Whether any of them was given."""
-        return any(getattr(self, field.name) is not None for field in fields(self))
 
     def gate(self, *, strict: bool = False) -> Gate:
         """Return them as the library takes them; raises JobError for limits that are none."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import Parameter, Signature, cleandoc, signature
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer import Option
 
 from xdonnx_cli.configuration import CONFIGURED, Origins, configure, weighed
 from xdonnx_cli.flags import SWITCH, running
-from xdonnx_cli.options import flags_of, offered
+from xdonnx_cli.options import flags_of, named, offered
+from xdonnx_cli.output import check_json
 
-_CONFIG = "Flags from this file. Default: the nearest xdonnx.toml or [tool.xdonnx] of pyproject.toml. See xdonnx init."
+_CONFIG = (
+    "Flags from this file. Default: the nearest xdonnx.toml or \\[tool.xdonnx] of pyproject.toml. What it turns on is "
+    "typed off as --no-force. See xdonnx init."
+)
 
 
 def _help(context: typer.Context, asked: bool) -> None:
@@ -73,10 +77,18 @@ def grouped(command: Callable[..., int]) -> Callable[..., int]:
     def flat(**given: Any) -> int:
         context = given["context"] if given_context else given.pop("context")
         plain = {name: value for name, value in given.items() if name not in added}
-        plain, origins = weighed(context, known, plain)
+        off = {name for name, other in opposites.items() if plain.pop(other)}
+        plain, origins = weighed(context, known, plain, off)
+        if isinstance(plain.get("json"), str):
+            check_json(plain["json"], named({name: flag for name, flag in known.items() if name != "json"}, plain))
         made = {name: kind(**{f.name: plain.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
         return command(**plain, **made, **dict.fromkeys(told, origins))
 
+    opposites = _opposites(flags) if command.__name__ in CONFIGURED else {}
+    flags += [
+        Parameter(other, Parameter.KEYWORD_ONLY, default=False, annotation=_hidden(other))
+        for other in opposites.values()
+    ]
     flat.__name__, flat.__doc__ = command.__name__, unwrapped(command.__doc__ or "")
     flat.__annotations__ = {flag.name: flag.annotation for flag in flags}
     flat.__signature__ = Signature(flags)  # type: ignore[attr-defined]
@@ -85,6 +97,16 @@ def grouped(command: Callable[..., int]) -> Callable[..., int]:
         if flag.name in known and (words := offered(known[flag.name])) is not None:
             flag.annotation.__metadata__[0].autocompletion = words
     return flat
+
+
+def _opposites(flags: list[Parameter]) -> dict[str, str]:
+    """Return {switch: what turns it off}, since a file may have it on: no_force, and progress for no_progress."""
+    switches = [flag.name for flag in flags if get_args(flag.annotation)[:1] == (bool,) and flag.name != "help"]
+    return {name: name[3:] if name.startswith("no_") else f"no_{name}" for name in switches}
+
+
+def _hidden(name: str) -> Any:
+    return Annotated[bool, Option(f"--{name.replace('_', '-')}", hidden=True)]
 
 
 def unwrapped(text: str) -> str:

@@ -24,7 +24,7 @@ _WIDE = 100
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.", show_default=False)],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", readable=False, help="An ONNX file.", show_default=False)],
     sizes: Sizes,
     json: Annotated[bool, output("--json", SWITCH, "Everything as JSON on stdout.")] = False,
     verbose: Annotated[bool, running("--verbose", SWITCH, "Tracebacks.", "-v")] = False,

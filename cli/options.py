@@ -107,7 +107,7 @@ class Flag:
 
 
 def flags_of(command: Callable[..., int]) -> Mapping[str, Flag]:
-    """Return the options and arguments of a command by name, without those that only ask for something."""
+    """Return the options and arguments of a command by name, but for hidden ones and those that only ask something."""
     found = {}
     for parameter in signature(command).parameters.values():
         flag = _flag(parameter)
@@ -120,7 +120,7 @@ def _flag(parameter: Parameter) -> Flag | None:
     if get_origin(parameter.annotation) is not Annotated:
         return None
     kind, info = get_args(parameter.annotation)[:2]
-    if not isinstance(info, (OptionInfo, ArgumentInfo)) or info.is_eager:
+    if not isinstance(info, (OptionInfo, ArgumentInfo)) or info.is_eager or info.hidden:
         return None
     inner, many = _one(kind)
     metavar = info.metavar or ""
@@ -147,6 +147,18 @@ def _one(kind: Any) -> tuple[type, bool]:
     if get_origin(kind) in (list, tuple):
         return get_args(kind)[0], True
     return kind, False
+
+
+def named(flags: Mapping[str, Flag], given: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the paths that were given, by the flag as it is typed."""
+    found: dict[str, list[str]] = {}
+    for name, flag in flags.items():
+        value = given.get(name)
+        if flag.is_path and value is not None:
+            texts = [str(part) for part in (value if isinstance(value, (list, tuple)) else [value])]
+            # An input's name may stand before the path.
+            found[flag.shown] = texts + [text.partition("=")[2] for text in texts if "=" in text]
+    return found
 
 
 def offered(flag: Flag) -> Callable[[str], list[str]] | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from xdonnx.errors import JobError, MachineError
+from xdonnx.files import put
 from xdonnx_cli.flags import Talk
 from xdonnx_cli.terminal import stderr, stdout
 
@@ -23,10 +26,44 @@ def tables(talk: Talk) -> Console:
     return stderr() if talk.json == "-" else stdout()
 
 
-def check_json(where: str | None) -> None:
-    """Raise JobError before any work where --json names a file that cannot be."""
-    if where not in (None, "-") and not Path(str(where)).absolute().parent.is_dir():
+def check_json(where: str | None, others: Mapping[str, Sequence[str | Path]]) -> None:
+    """Raise JobError or MachineError before any work where --json names a file that cannot be, or one of another flag.
+
+    Parameters
+    ----------
+    where : str, optional
+        What was given; - is stdout.
+    others : mapping
+        {flag, as it is typed: the paths that it names}.
+    """
+    if where in (None, "-"):
+        return
+    path = Path(str(where))
+    if path.is_dir():
+        raise JobError(f"--json '{where}' is a folder.\n  Name a file in it, or pass --json - for stdout.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
         raise JobError(f"the folder of --json '{where}' does not exist.\n  Make it, or pass --json - for stdout.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise MachineError(f"cannot write --json '{where}'.\n  Name another file, or pass --json - for stdout.")
+    for flag, names in others.items():
+        files = [file for name in names for file in _files(Path(name), out=flag == "--out")]
+        if path.resolve() in (file.resolve() for file in files):
+            raise JobError(
+                f"--json '{where}' is a file of {flag}, and would replace it.\n"
+                "  Name another, or pass --json - for stdout."
+            )
+
+
+def _files(path: Path, *, out: bool) -> list[Path]:
+    """Return a file with those that hold its weights; of a student also what is written in its stead and beside it."""
+    if out:
+        return [path, path.with_suffix(".report"), path.with_suffix(".rejected.onnx")]
+    if path.suffix != ".onnx":
+        return [path]
+    from xdonnx.model import model_files
+
+    return model_files(path)
 
 
 def put_json(where: str | None, text: str) -> None:
@@ -35,6 +72,6 @@ def put_json(where: str | None, text: str) -> None:
         sys.stdout.write(text + "\n")
     elif where is not None:
         try:
-            Path(where).write_text(text + "\n", encoding="utf-8")
+            put(Path(where), text + "\n")
         except OSError as error:
             raise MachineError(f"cannot write '{where}': {error.strerror}.") from error

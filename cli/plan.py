@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from xdonnx_cli.terminal import amount, heading, percent, plain_table, room, shorten, shortened
+from xdonnx_cli.terminal import amount, heading, percent, plain_table, room, shortened
 
 if TYPE_CHECKING:
     from xdonnx.job import Job, Prepared
@@ -88,11 +88,13 @@ def show_plan(console: Console, job: Job, ready: Prepared, origins: Origins) -> 
     heading(console, "Plan")
     single = job.structure != "channel"
     names = shortened((row["name"] for row in found["plan"]), room(console, 30, names=1 if single else 2))
+    others = shortened((name for row in found["plan"] for name in row["readers"]), room(console, 42, names=2))
     table = plain_table("  weights of" if single else "  channels of", "kept", "of", *(() if single else ("read by<",)))
     for row in found["plan"]:
         units = "" if row["units"] is None else f"{row['units']:,}"
         kept = row["kept"] if isinstance(row["kept"], str) else f"{row['kept']:,}"
-        readers = () if single else (shorten(", ".join(row["readers"]), room(console, 30, names=2)),)
+        read = [others[name] for name in row["readers"]]
+        readers = () if single else (f"{', '.join(read[:1])}{f' and {len(read) - 1} more' * (len(read) > 1)}",)
         table.add_row(f"  {names[row['name']]}", kept, units, *readers)
     console.print(table)
     show_predicted(console, found["predicted"], single=single)

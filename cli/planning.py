@@ -15,11 +15,11 @@ from rich.text import Text
 
 from xdonnx.errors import JobError
 from xdonnx_cli.flags import SWITCH, Data, Pixels, Sizes, Talk, Target, output, running
-from xdonnx_cli.output import check_json, put_json, tables
+from xdonnx_cli.output import put_json, tables
 from xdonnx_cli.plan import predicted, show_predicted
 from xdonnx_cli.progress import told
 from xdonnx_cli.terminal import beside, heading, plain_table, room, say, shortened, stderr
-from xdonnx_cli.wanted import fields, library
+from xdonnx_cli.wanted import check_cheaply, fields, library
 
 if TYPE_CHECKING:
     from xdonnx.budget import Plan
@@ -42,7 +42,9 @@ class PlanFiles:
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The teacher: an ONNX file.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", readable=False, help="The teacher: an ONNX file.", show_default=False)
+    ],
     data: Data,
     pixels: Pixels,
     sizes: Sizes,
@@ -55,10 +57,10 @@ def plan(
     OUT is a file to read and to edit: xdonnx compress MODEL --plan OUT does what it says.
     """
     wanted = fields(data, pixels, sizes, target)
-    check_json(talk.json)
     from xdonnx.budget import pattern_of
     from xdonnx.paths import check_plan
 
+    check_cheaply(model, target)
     check_plan(files.out, model, force=files.force)
     work = library()
     job: Job = work.Job(model=model, out=files.out, device=files.device, seed=files.seed, **wanted)

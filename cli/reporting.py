@@ -79,7 +79,7 @@ def _drawn(form: str, saved: Report) -> str:
 
 
 def _put(path: Path, text: str) -> None:
-    from xdonnx.publication import put
+    from xdonnx.files import put
 
     try:
         put(path, text)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xdonnx.gate import STRICT
-from xdonnx.report import Figures, GateResult, LayerResult, Report, gate_line, gist
+from xdonnx.gate import STRICT, heavy_loss
+from xdonnx.report import Figures, GateResult, LayerResult, Report, gate_line, gist, preset_of
 from xdonnx_cli.terminal import amount, beside, bullets, heading, percent, plain_table, room, say, shorten, shortened
 
 _COLOURS = {"passed": "bold green", "rejected": "bold red", "failed": "bold red"}
@@ -52,6 +52,8 @@ def verdict(console: Console, report: Report) -> None:
     judged = any(gate.name not in STRICT for gate in report.gates) or report.status != "passed"
     line = Text(report.status.upper() if judged else "DONE", _COLOURS[report.status] if judged else "bold")
     line.append(f"  {gist(report)}{'' if judged else '; no limit was set'}", "default not bold")
+    if heavy_loss(report.fidelity, [gate.name for gate in report.gates]):
+        line.append("; MUCH IS LOST, see the warnings", "bold red")
     console.print(line)
     if report.reasons:
         bullets(console, report.reasons)
@@ -73,7 +75,7 @@ def before_after(console: Console, report: Report) -> None:
         kind = f"{'held-out ' * report.fidelity.held_out}sample{'s' * (count != 1)}"
         fitted = "" if report.fidelity.held_out else ", which also fitted the student"
         fit = f"fitted on {report.fit_samples}; " if report.fit_samples is not None else ""
-        preset = (report.job.get("preprocess") or {}).get("preset")
+        preset = preset_of(report)
         seen = f"; preset {preset}" if preset else ""
         console.print(Text(f"{fit}judged on {count} {kind}{fitted}{seen}; {report.device}", "dim"))
 
@@ -100,11 +102,12 @@ def _fidelity_rows(report: Report) -> Iterable[tuple[str, ...]]:
         return
     drop = fidelity.drop
     change = "" if drop is None else f"{0.0 - drop.value:+.2f} points"
+    lost = {"accuracy": "", "agreement": ""} | ({} if drop is None else {drop.of: change})
     if fidelity.accuracy_teacher is not None and fidelity.accuracy_student is not None:
-        yield "accuracy", f"{fidelity.accuracy_teacher:.2f} %", f"{fidelity.accuracy_student:.2f} %", change
-        change = ""
+        answers = f"{fidelity.accuracy_teacher:.2f} %", f"{fidelity.accuracy_student:.2f} %"
+        yield "accuracy", *answers, lost["accuracy"]
     if fidelity.top1_agreement is not None:
-        yield "agreement", "", f"{fidelity.top1_agreement:.2f} %", change
+        yield "agreement", "", f"{fidelity.top1_agreement:.2f} %", lost["agreement"]
     if drop is not None:
         bounds = f"{drop.low:.1f} to {drop.high:.1f}"
         yield f"drop, {100 * drop.confidence:g} % sure", "", bounds, "points"

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xdonnx.errors import JobError, MachineError
-from xdonnx_cli.configuration import CONFIGURED, FILE, OWN, Settings, shared, wanted
+from xdonnx.files import put
+from xdonnx_cli.configuration import CONFIGURED, OWN, Settings, shared, wanted
 from xdonnx_cli.flags import SWITCH, output, running
 from xdonnx_cli.options import Flag
+from xdonnx_cli.searching import FILE
 from xdonnx_cli.terminal import beside, say, stdout
 
 if TYPE_CHECKING:
@@ -45,7 +47,9 @@ _WIDTH = 110
 def init(
     context: typer.Context,
     place: Annotated[Path | None, typer.Argument(metavar="DIR", help="Where to. Default: here.")] = None,
-    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="An ONNX file to write it for.")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", readable=False, help="An ONNX file to write it for.")
+    ] = None,
     force: Annotated[bool, output("--force", SWITCH, "Replace a file that exists.")] = False,
     verbose: Annotated[bool, running("--verbose", SWITCH, "Tracebacks.", "-v")] = False,
 ) -> int:
@@ -63,7 +67,7 @@ def init(
     text = template(settings.known, _of_model(model, folder) if model else {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        put(path, text)
     except OSError as error:
         raise MachineError(f"cannot write '{path}': {error.strerror}.") from error
     say(stdout(), f"Wrote {beside(path)}. Edit it, then: xdonnx compress --dry-run")

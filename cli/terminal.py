@@ -44,7 +44,21 @@ def shortened(names: Iterable[str], most: int) -> dict[str, str]:
     """
     names = list(dict.fromkeys(names))
     choices = [{name: shorten(name, most, tail) for name in names} for tail in (0.6, 0.3, 0.1, 0.9)]
-    return max(choices, key=lambda choice: len(set(choice.values())))
+    return max([*choices, _telling(names, most)], key=lambda choice: len(set(choice.values())))
+
+
+def _telling(names: Sequence[str], most: int) -> dict[str, str]:
+    """Return {name: the part of it that the fewest others have}, for names that begin alike and end alike."""
+    most = max(most, _SHORTEST)
+    found = {}
+    for name in names:
+        starts = [0, *(at + 1 for at, letter in enumerate(name) if letter in "/.")]
+        start = min(starts, key=lambda at: (sum(name[at : at + most - 2] in other for other in names), at))
+        start = min(start, max(0, len(name) - most + 1))
+        whole = len(name) - start <= most - (start > 0)
+        part = name[start:] if whole else name[start : start + most - 1 - (start > 0)]
+        found[name] = "…" * (start > 0) + part + "…" * (not whole)
+    return found
 
 
 def room(console: Console, others: int, *, names: int = 1) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from xdonnx.errors import MachineError
@@ -16,6 +18,23 @@ def library() -> Any:
         # A torch whose libraries are missing raises any of these.
         raise MachineError(f"torch does not import: {error}.\n  See what is wrong with it: xdonnx doctor") from error
     return xdonnx.job
+
+
+def check_cheaply(model: Path, target: Target, methods: Sequence[str] = ()) -> None:
+    """Raise what is wrong with names and numbers before torch is imported, which takes seconds."""
+    from xdonnx.budget import KINDS, Budget, check_budget, pattern_of
+    from xdonnx.methods import named
+    from xdonnx.model import check_file
+
+    check_file(model)
+    structure = target.structure or "channel"
+    pattern_of(structure)
+    for kind in KINDS:
+        amount = getattr(target, kind)
+        if amount is not None:
+            check_budget(Budget(kind, amount, structure, round_to=target.round_to))
+    for name in methods:
+        named(name)
 
 
 def fields(data: Data, pixels: Pixels, sizes: Sizes, target: Target) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import xdonnx
 
 HERE = Path(__file__).parent
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+folder.mkdir(parents=True, exist_ok=True)
 
 report = xdonnx.compress(
     HERE / "digits_vgg.onnx",

@@ -13,6 +13,7 @@ from xdonnx.survey import survey
 
 HERE = Path(__file__).parent
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+folder.mkdir(parents=True, exist_ok=True)
 
 net = xdonnx.read_net(xdonnx.read_proto(HERE / "digits_residual.onnx"))
 

@@ -33,6 +33,7 @@ class Median:
 
 teacher, how = Path(__file__).with_name("digits_residual.onnx"), xdonnx.Preprocess("unit")
 net, out = xdonnx.read_net(xdonnx.read_proto(teacher)), Path((sys.argv[1:] or [tempfile.mkdtemp()])[0], "median.onnx")
+out.parent.mkdir(parents=True, exist_ok=True)
 fit, rest = (xdonnx.read_shots([f"{teacher.parent}/{n}"], net.interface.inputs, how) for n in ("shots", "held_out.npz"))
 plan, bench = xdonnx.make_plan(net, Budget("macs", 0.5)), Bench(convert(net, torch.device("cpu")), torch.Generator())
 out.write_bytes(xdonnx.cut(net, Median()(net, xdonnx.Patch(), fit, plan, bench).patch).SerializeToString())

@@ -14,6 +14,7 @@ import xdonnx
 
 HERE = Path(__file__).parent
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+folder.mkdir(parents=True, exist_ok=True)
 
 student = folder / "student.onnx"
 if not student.exists():  # 01_compress.py leaves one here

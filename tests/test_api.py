@@ -1,109 +1,29 @@
-"""The library does what the commands do: same options, same defaults, same students; and takes samples from memory."""
+"""The library makes the students that the commands make, and takes samples and models from memory."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from PIL import Image
 
 import xdonnx
-import xdonnx.api
-import xdonnx.job
-import xdonnx.memory
-import xdonnx.verification
 from xdonnx.events import Event
-from xdonnx.keywords import CompressOptions, SharedOptions, VerifyOptions
-from xdonnx.model import Port, fingerprint
+from xdonnx.model import fingerprint
 from xdonnx_cli.app import run
-from xdonnx_cli.compress import compress as compress_command
-from xdonnx_cli.grouping import grouped
-from xdonnx_cli.judging import verify as verify_command
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 TEACHER = str(SAMPLES / "digits_mobile.onnx")
 OTHER = str(SAMPLES / "digits_vgg.onnx")
-# What a terminal needs; Python has the report itself, `progress`, and `xdonnx.job.prepared` for a dry run.
-OF_THE_TERMINAL = {"json", "quiet", "verbose", "no_progress", "dry_run", "context", "config", "help"}
-POSITIONAL = {"model", "out", "teacher", "student", "shots"}
-# Python's own, each for several flags at once.
-WHOLE = {"preprocess", "gate"}
-
-# Of each option a value that is not its default, and how it is typed.
-EXAMPLES: dict[str, tuple[Any, list[str]]] = {
-    "labels": ("labels.txt", ["labels.txt"]),
-    "per_class": (2, ["2"]),
-    "max_shots": (30, ["30"]),
-    "holdout": (0.5, ["50%"]),
-    "skip_bad": (True, []),
-    "synthetic_shots": (7, ["7"]),
-    "preset": ("unit", ["unit"]),
-    "mean": (0.25, ["0.25"]),
-    "std": ([0.5], ["0.5"]),
-    "scale": (127.0, ["127"]),
-    "color": ("gray", ["gray"]),
-    "layout": ("nhwc", ["nhwc"]),
-    "resize": (20, ["20"]),
-    "crop": (16, ["16"]),
-    "input_shape": ({"image": (1, 1, 16, 16)}, ["image:1x1x16x16"]),
-    "max_drop": (1, ["1"]),
-    "max_error": (0.5, ["0.5"]),
-    "min_shrink": (0.1, ["10%"]),
-    "max_latency_ratio": (2, ["2"]),
-    "confidence": (0.9, ["90%"]),
-    "warn_only": ("max-drop", ["max-drop"]),
-    "strict": (True, []),
-    "device": ("cuda:0", ["cuda:0"]),
-    "seed": (3, ["3"]),
-    "macs": (0.4, ["40%"]),
-    "params": (0.4, ["0.4"]),
-    "keep": (0.25, ["0.25"]),
-    "plan": ("plan.toml", ["plan.toml"]),
-    "structure": ("2:4", ["2:4"]),
-    "include": (["a*", "b"], ["a*", "b"]),
-    "exclude": ("c", ["c"]),
-    "round_to": (8, ["8"]),
-    "residual": (True, []),
-    "allocation": ("uniform", ["uniform"]),
-    "method": (["l1-norm", "tune"], ["l1-norm", "tune"]),
-    "connection": ("soft", ["soft"]),
-    "mu": (0.3, ["0.3"]),
-    "alpha": (0.2, ["0.2"]),
-    "beta": (0.1, ["0.1"]),
-    "solver": ("pgd", ["pgd"]),
-    "ridge": (0.01, ["0.01"]),
-    "views": (5, ["5"]),
-    "steps": (4, ["4"]),
-    "preset_effort": ("fast", ["fast"]),
-    "force": (True, []),
-    "external_data": ("never", ["never"]),
-}  # fmt: skip
-
-
-class Stop(Exception):
-    """Ends a command where its work would begin; carries what it was about to do."""
-
-
-def flags(command: Any) -> set[str]:
-    return set(inspect.signature(grouped(command)).parameters) - OF_THE_TERMINAL - POSITIONAL
-
-
-def typed(name: str) -> list[str]:
-    """Return an option as it is typed: a switch alone, several values each behind the flag."""
-    flag, texts = f"--{name.replace('_', '-')}", EXAMPLES[name][1]
-    return [part for text in texts for part in (flag, text)] or [flag]
+UNIT = xdonnx.Preprocess("unit")
 
 
 @pytest.fixture
@@ -116,104 +36,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def digits() -> tuple[np.ndarray, np.ndarray]:
     with np.load(SAMPLES / "held_out.npz") as held:
         return held["images"], held["labels"]
-
-
-# The same options
-
-
-@pytest.mark.parametrize(("command", "kind"), [(compress_command, CompressOptions), (verify_command, VerifyOptions)])
-def test_every_flag_has_a_keyword_of_its_name_and_no_keyword_is_without_a_flag(command: Any, kind: type) -> None:
-    keywords = set(kind.__annotations__) - WHOLE
-
-    assert keywords == flags(command)
-    assert keywords - {"report_dir"} <= set(EXAMPLES), "give the new option an example"
-
-
-def test_every_field_of_a_job_can_be_given() -> None:
-    assert set(xdonnx.Job.model_fields) <= set(CompressOptions.__annotations__) | POSITIONAL
-
-
-@pytest.mark.parametrize("kind", [CompressOptions, VerifyOptions])
-def test_every_keyword_is_described(kind: type) -> None:
-    text = (inspect.getdoc(SharedOptions) or "") + "\n" + (inspect.getdoc(kind) or "")
-
-    described = {
-        word.strip(" ,")
-        for line in text.splitlines()
-        if not line.startswith(" ")
-        for word in line.partition(" :")[0].split(", ")
-    }
-    assert set(kind.__annotations__) <= described
-
-
-@pytest.fixture
-def jobs(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return the jobs that are about to run, none of which does."""
-    found: list[Any] = []
-
-    def caught(job: Any, *_: Any, **__: Any) -> None:
-        found.append(job.model_dump())
-        raise Stop
-
-    monkeypatch.setattr(xdonnx.job, "run", caught)
-    monkeypatch.setattr(xdonnx.job, "read_planfile", lambda _: SimpleNamespace(structure="channel"))
-    return found
-
-
-@pytest.mark.parametrize("name", [None, *sorted(set(EXAMPLES) & set(CompressOptions.__annotations__))])
-def test_an_option_makes_the_job_that_its_flag_makes_and_so_does_none(name: str | None, jobs: list[Any]) -> None:
-    given = {} if name is None else {name: EXAMPLES[name][0]}
-    plain = name == "synthetic_shots"
-
-    run(["compress", TEACHER, *([] if plain else ["--shots", "s"]), "-o", "s.onnx", *(typed(name) if name else [])])
-    with contextlib.suppress(Stop):
-        xdonnx.compress(TEACHER, None if plain else "s", "s.onnx", **given)
-
-    typed_job, called_job = jobs
-    assert called_job == typed_job
-
-
-def test_gate_and_preprocess_stand_for_their_fields(jobs: list[Any]) -> None:
-    for given in (
-        {"preset": "tf", "color": "bgr", "max_drop": 2, "confidence": 0.9},
-        {"preprocess": xdonnx.Preprocess("tf", color="bgr"), "gate": xdonnx.Gate(max_drop=2, confidence=0.9)},
-    ):
-        with pytest.raises(Stop):
-            xdonnx.compress(TEACHER, "s", "s.onnx", **given)
-
-    assert jobs[0] == jobs[1]
-
-
-@pytest.fixture
-def judged(here: Path, monkeypatch: pytest.MonkeyPatch, digits: tuple[np.ndarray, np.ndarray]) -> list[Any]:
-    """Return what two models are about to be compared on; nothing is compared."""
-    found: list[Any] = []
-
-    def caught(_: Any, __: Any, shots: Any, gate: Any, *, device: str, seed: int, **___: Any) -> None:
-        found.append((shots.inputs["image"].tobytes(), shots.labels, gate, device, seed))
-        raise Stop
-
-    np.savez(here / "s.npz", images=digits[0][:60], labels=digits[1][:60])
-    (here / "labels.txt").write_text("\n".join(str(9 - label) for label in digits[1][:60]))
-    for module, name in ((xdonnx.verification, "verify"), (xdonnx.api, "compare")):
-        monkeypatch.setattr(module, name, caught)
-    monkeypatch.setattr("xdonnx.doctor.usable", lambda _: True)
-    return found
-
-
-@pytest.mark.parametrize("name", [None, *sorted(set(EXAMPLES) & set(VerifyOptions.__annotations__))])
-def test_an_option_judges_what_its_flag_judges_and_so_does_none(name: str | None, judged: list[Any]) -> None:
-    given = {} if name is None else {name: EXAMPLES[name][0]}
-    plain = name == "synthetic_shots"
-    shots = ([], None) if plain else (["--shots", "s.npz"], "s.npz")
-
-    run(["verify", OTHER, TEACHER, *shots[0], *(typed(name) if name else [])])
-    with contextlib.suppress(Stop):
-        xdonnx.verify(OTHER, TEACHER, shots[1], **given)
-
-    (pixels, labels, *rest), (own_pixels, own_labels, *own_rest) = judged
-    assert own_pixels == pixels and own_rest == rest
-    assert np.array_equal(own_labels, labels) if labels is not None else own_labels is None
 
 
 # The same students
@@ -278,71 +100,6 @@ def test_verify_writes_a_report_only_where_it_is_told_to(here: Path, digits: tup
 
 # Samples from memory
 
-PORT = (Port("image", "float32", (None, 1, 16, 16)),)
-UNIT = xdonnx.Preprocess("unit")
-
-
-def batches(images: np.ndarray, labels: np.ndarray, size: int = 4) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, len(images), size):
-        yield images[start : start + size], labels[start : start + size]
-
-
-def loader(images: np.ndarray, labels: np.ndarray) -> Any:
-    pixels = torch.tensor(images[:, None] / 255.0, dtype=torch.float32, requires_grad=True)
-    data = torch.utils.data.TensorDataset(pixels, torch.tensor(labels))
-    return torch.utils.data.DataLoader(data, batch_size=4)
-
-
-FORMS = {
-    "tuple": lambda images, labels: (images, labels),
-    "dict": lambda images, labels: {"image": images, "labels": labels},
-    "dict of another name": lambda images, labels: {"pixels": images, "label": labels},
-    "batches": batches,
-    "last batch smaller": lambda images, labels: batches(images, labels, 7),
-    "gray batches without labels": lambda images, labels: (part for part, _ in batches(images, labels, 19)),
-    "batches as dicts": lambda images, labels: ({"images": i, "labels": n} for i, n in batches(images, labels)),
-    "single samples": lambda images, labels: list(zip(images[:, None], labels, strict=True)),
-    "pictures": lambda images, labels: [(Image.fromarray(i), int(n)) for i, n in zip(images, labels, strict=True)],
-    "coloured pictures": lambda images, labels: [
-        (Image.fromarray(i).convert("RGB"), int(n)) for i, n in zip(images, labels, strict=True)
-    ],
-    "torch loader": loader,
-    "torch dataset": lambda images, labels: loader(images, labels).dataset,
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_samples_are_the_same_in_whatever_form_they_come(form: str, digits: tuple[np.ndarray, np.ndarray]) -> None:
-    images, labels = digits[0][:22], digits[1][:22]
-
-    found = xdonnx.memory.gather(FORMS[form](images, labels), PORT, UNIT, labels=labels if "without" in form else None)
-
-    expected = images[:, None].astype(np.float32) / 255
-    assert found.inputs["image"].dtype == np.float32
-    assert np.allclose(found.inputs["image"], expected, rtol=0, atol=1e-7)
-    assert found.labels is not None and np.array_equal(found.labels, labels) and len(set(found.ids)) == 22
-
-
-@pytest.mark.parametrize("give", [lambda x: x, list, iter, lambda x: {"image": x}, torch.tensor], ids=str)
-def test_samples_need_no_labels(give: Any, digits: tuple[np.ndarray, np.ndarray]) -> None:
-    values = digits[0][:6, None].astype(np.float32)
-
-    found = xdonnx.memory.gather(give(values), PORT, UNIT)
-
-    assert found.labels is None and np.array_equal(found.inputs["image"], values)
-
-
-def test_several_inputs_come_as_tuples_or_dicts() -> None:
-    ports = (Port("a", "float32", (None, 3)), Port("b", "int64", (None, 2)))
-    generator = np.random.default_rng(0)
-    a, b, labels = generator.random((6, 3), np.float32), generator.integers(0, 9, (6, 2)), np.arange(6)
-
-    forms = [(a, b, labels), {"a": a, "b": b, "labels": labels}, list(zip(a, b, labels, strict=True))]
-    for form in forms:
-        found = xdonnx.memory.gather(form, ports, UNIT)
-        assert np.array_equal(found.inputs["a"], a) and np.array_equal(found.inputs["b"], b)
-        assert found.labels is not None and np.array_equal(found.labels, labels)
-
 
 def test_an_endless_loader_is_asked_for_no_more_than_the_job_needs(
     here: Path, digits: tuple[np.ndarray, np.ndarray]
@@ -358,22 +115,6 @@ def test_an_endless_loader_is_asked_for_no_more_than_the_job_needs(
 
     # So many fit, and two fifths of all judge.
     assert report.fit_samples == 12 and report.fidelity and report.fidelity.samples == 8 and len(asked) == 20
-
-
-def test_an_endless_loader_ends_with_a_warning_where_nobody_says_how_many(
-    monkeypatch: pytest.MonkeyPatch, digits: tuple[np.ndarray, np.ndarray]
-) -> None:
-    heard: list[Event] = []
-    forever = ((digits[0][at % 450][None], digits[1][at % 450][None]) for at in itertools.count())
-
-    monkeypatch.setattr(xdonnx.memory, "MOST_ROWS", 50)
-    rows = xdonnx.memory.gather(forever, PORT, UNIT, log=heard.append)
-    monkeypatch.setattr(xdonnx.memory, "MOST_BYTES", 10 * 256)
-    bytes_ = xdonnx.memory.gather(forever, PORT, UNIT, log=heard.append)
-
-    assert len(rows) == 50 and len(bytes_) == 10
-    warned = [event.text for event in heard if event.level == "warning"]
-    assert ["first 50 samples" in warned[0], "first 10 samples" in warned[1]] == [True, True]
 
 
 def test_others_can_judge_from_memory_and_shots_can_be_read_before(
@@ -392,13 +133,21 @@ def test_others_can_judge_from_memory_and_shots_can_be_read_before(
     assert [path.name for path in here.iterdir()] == ["r"]
 
 
-def test_labels_come_separately_too(judged: list[Any], digits: tuple[np.ndarray, np.ndarray]) -> None:
-    turned = 9 - digits[1][:60]
-    for shots, labels in (("s.npz", "labels.txt"), ("s.npz", turned), (digits[0][:60], turned)):
-        with pytest.raises(Stop):
-            xdonnx.verify(OTHER, TEACHER, shots, labels=labels, preset="unit")
+@pytest.mark.parametrize("form", ["arrays", "list", "loader"])
+def test_the_preset_is_checked_on_samples_in_memory_too(
+    form: str, here: Path, digits: tuple[np.ndarray, np.ndarray]
+) -> None:
+    images, labels = digits[0][:60], digits[1][:60]
+    pairs = list(zip(images[:, None], labels, strict=True))
+    forms = {"arrays": (images, labels), "list": pairs, "loader": torch.utils.data.DataLoader(pairs, batch_size=9)}
+    how = {"method": "l1-norm", "keep": 0.8, "warn_only": "not-slower"}
 
-    assert all(np.array_equal(labels, turned) for _, labels, *_ in judged) and len(judged) == 3
+    wrong = [xdonnx.verify(TEACHER, TEACHER, forms[form]), xdonnx.compress(TEACHER, forms[form], **how)]
+    right = xdonnx.verify(TEACHER, TEACHER, forms[form], preset="unit")
+
+    for report in wrong:
+        assert any("'--preset imagenet' was used" in text for text in report.warnings), report.warnings
+    assert not any("--preset" in text for text in right.warnings)
 
 
 # Mistakes
@@ -419,7 +168,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (8, 16, 16), np.uint8)
         (IMAGES, {"labels": "labels.txt"}, xdonnx.JobError, "labels is a file"),
         (IMAGES, {"labels": [1, 2]}, xdonnx.ShotsError, "labels"),
         (IMAGES, {"macs": 0.5, "keep": 0.5}, xdonnx.JobError, "--keep and --macs are both given"),
-        (None, {}, xdonnx.JobError, "no samples"),
+        (None, {}, xdonnx.ShotsError, "no samples"),
         ("nowhere", {}, xdonnx.ShotsError, "no shots at 'nowhere'"),
         (iter(()), {}, xdonnx.ShotsError, "yields no samples"),
         (5, {}, xdonnx.ShotsError, "int in memory holds no samples"),

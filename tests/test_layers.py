@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "xdonnx"
 ROWS = [
-    {"errors", "events"},
+    {"errors", "events", "files"},
     {
         "model",
         "prepare",
@@ -25,24 +25,33 @@ ROWS = [
     {"moments"},
     {"runtime", "report", "paths", "draw", "images", "labels", "cost", "connection", "operators", "removal"},
     {"layers", "reshaping", "sources", "stem", "feeds", "solve", "contributions", "worst", "summary", "junit", "plot"},
-    {"rows"},
+    {"rows", "tensors"},
     {"rules", "gate", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
     {"graph", "verification", "memory", "publication", "direct"},
-    {"patch", "budget", "convert", "doctor", "keywords"},
-    {"walk", "survey", "student", "planfile", "agreement"},
+    {"patch", "budget", "convert", "doctor", "keywords", "samples"},
+    {"walk", "survey", "student", "planfile", "agreement", "judging"},
     {"methods.joint", "methods.wide"},
     {"methods.layerwise"},
     {"methods.training", "allocation", "accounting"},
     {"methods.cross", "methods.l1_norm", "methods.thinet", "methods.channel_pruning", "methods.fskd", "methods.tune"},
     {"methods.bp", "methods.fitnet"},
     {"job"},
-    {"api"},
+    {"api", "sweep", "sweep.records", "sweep.identity"},
+    {"sweep.options", "sweep.measuring"},
+    {"sweep.description", "sweep.local"},
+    {"sweep.trials", "sweep.cluster"},
+    {"sweep.front"},
+    {"sweep.results", "sweep.search"},
+    {"sweep.chart"},
+    {"sweep.page"},
+    {"sweep.conduct"},
 ]
 TORCH_FREE = {
     "errors", "events", "model", "prepare", "intervals", "runtime", "images", "labels", "cost", "layers", "reshaping",
     "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verification", "fidelity", "patch", "budget",
     "worst", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths", "planfile",
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
+    "tensors", "samples", "judging", "files",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",

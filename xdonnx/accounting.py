@@ -46,7 +46,9 @@ def layer_results(net: Net, outcome: Outcome, structure: str, *, residual: bool 
                 objective_before=trace.objective_before if trace else None,
                 objective_after=trace.objective_after if trace else None,
                 seconds=round(trace.seconds, 4) if trace else None,
-                note="; ".join(_reasons(net, layer, residual=residual))[:200] if not single else "",
+                note=_spared(net, layer, outcome)
+                if single
+                else "; ".join(_reasons(net, layer, residual=residual))[:200],
             )
         )
     return rows
@@ -56,6 +58,17 @@ def _reasons(net: Net, layer: Layer, *, residual: bool) -> list[str]:
     streams = {group.stream for group in net.groups if group.stream and np.isin(group.ids, layer.out_ids).any()}
     added = [] if residual else [f"{stream}: --residual frees them" for stream in sorted(streams)]
     return [*net.reasons(layer), *added]
+
+
+def _spared(net: Net, layer: Layer, outcome: Outcome) -> str:
+    """Say why a layer keeps all its weights where single ones go; nothing of one that took part."""
+    if layer.weight in outcome.patch.tensors:
+        return ""
+    if not layer.kernel:
+        return "single weights go from convolutions only"
+    if layer is next(other for other in net.layers.values() if other.kernel):
+        return "the first convolution keeps its weights"
+    return "its weight is shared" if layer.weight in net.shared else ""
 
 
 def _left(layer: Layer, keep: np.ndarray) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, get_type_hints
@@ -16,22 +16,17 @@ from typing import TYPE_CHECKING, Any, Unpack, get_type_hints
 import numpy as np
 import onnx
 
-from xdonnx.doctor import check_device
-from xdonnx.draw import draw
 from xdonnx.errors import JobError, MachineError, did_you_mean
 from xdonnx.events import Log, ignore
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
+from xdonnx.judging import judged
 from xdonnx.keywords import CompressOptions, Model, Samples, VerifyOptions
-from xdonnx.memory import as_array, described, gather
-from xdonnx.model import Port, interface, read_proto, sized, write_proto
+from xdonnx.model import write_proto
 from xdonnx.paths import report_folder
 from xdonnx.publication import write_report
 from xdonnx.report import FileInfo, Report
-from xdonnx.runtime import open_session
-from xdonnx.shots import Shots, Unread, list_shots, synthetic
-from xdonnx.sources import check_labels
-from xdonnx.verification import verify as compare
+from xdonnx.samples import Request
 
 if TYPE_CHECKING:
     # It brings torch, which `verify` does without.
@@ -93,7 +88,7 @@ def compress(
     ('passed', 0.4)
     """
     given = _known(options, CompressOptions)
-    data, folder = _data(shots, given), given.pop("report_dir", None)
+    asked, folder = _request(shots, given), given.pop("report_dir", None)
     work = _library()
     with tempfile.TemporaryDirectory(prefix="xdonnx.") as scratch:
         kept = isinstance(out, (str, os.PathLike))
@@ -101,11 +96,11 @@ def compress(
         if isinstance(out, onnx.ModelProto) and out.graph.node and not given.get("force"):
             raise JobError("the model to write into holds a graph already.\n  Pass an empty one, or force=True.")
         goes = report_folder(student, Path(folder) if folder else None) if kept or folder else None
-        job = _job(work, given, data, model=_on_disk(model, Path(scratch) / "model.onnx"), out=student)
-        if data.holdout is None:
-            data = replace(data, holdout=job.holdout)
+        job = _job(work, given, asked, model=_on_disk(model, Path(scratch) / "model.onnx"), out=student)
+        if asked.holdout is None:
+            asked = replace(asked, holdout=job.holdout)
         command = _call("compress", (model, shots, out), options)
-        report: Report = work.run(job, progress, command=command, read=data.read if data.held else None)
+        report: Report = work.run(job, progress, command=command, read=asked.read if asked.held else None)
         if isinstance(out, onnx.ModelProto) and report.exit_code == 0:
             out.CopyFrom(onnx.load(student))
     report = _without_paths(report, scratch)
@@ -153,106 +148,18 @@ def verify(
     >>> assert report.status == "passed", report.reasons  # doctest: +SKIP
     """
     given = _known(options, VerifyOptions) | ({} if gate is None else {"gate": gate})
-    data, folder = _data(shots, given), given.pop("report_dir", None)
-    limits, device, seed = _gate(given), given.pop("device", "cpu"), given.pop("seed", 0)
-    sizes = given.pop("input_shape", {})
+    limits, folder = _gate(given), given.pop("report_dir", None)
+    how = {name: given.pop(name) for name in ("device", "input_shape") if name in given}
+    asked = _request(shots, given)
     goes = report_folder(Path("verify"), Path(folder)) if folder else None
-    check_device(device)
     with tempfile.TemporaryDirectory(prefix="xdonnx.") as scratch:
         before, after = (_on_disk(teacher, Path(scratch) / "t.onnx"), _on_disk(student, Path(scratch) / "s.onnx"))
-        ports = sized(interface(read_proto(before)).inputs, sizes)
-        open_session(before)
-        whole, held = data.read(ports, progress, seed)
-        report = compare(
-            before,
-            after,
-            data.judging(whole, held, seed),
-            limits,
-            device=device,
-            seed=seed,
-            command=_call("verify", (teacher, student, shots), options),
-            job={"preprocess": vars(data.preprocess), "gate": vars(limits), **data.told()},
-            shots_path=", ".join(data.names) or "synthetic",
-            log=progress,
-        )
+        command = _call("verify", (teacher, student, shots), options)
+        report = judged(before, after, asked, limits, **how, command=command, log=progress)
     report = _without_paths(report, scratch)
     if goes is not None:
         write_report(report, goes, log=progress)
     return report
-
-
-@dataclass(frozen=True, eq=False)
-class _Data:
-    """The samples that were asked for, wherever they are."""
-
-    shots: Any
-    labels: Any
-    holdout: Any
-    preprocess: Preprocess
-    per_class: int | None
-    max_shots: int | None
-    skip_bad: bool
-    synthetic_shots: int | None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What was given, for messages and reports; of files, what reads them again."""
-        paths = _paths(self.shots)
-        return (described(self.shots),) if paths is None else paths
-
-    @property
-    def held(self) -> bool:
-        """Whether any of it is in memory."""
-        asked = self.labels, self.holdout
-        plain = all(isinstance(value, (str, os.PathLike, int, float, np.number, type(None))) for value in asked)
-        return _paths(self.shots) is None or not plain
-
-    def told(self) -> dict[str, Any]:
-        """Return what the report says of it."""
-        values = {name: getattr(self, name) for name in ("per_class", "max_shots", "skip_bad", "synthetic_shots")}
-        return {"shots": list(self.names), "labels": _told(self.labels), "holdout": _told(self.holdout), **values}
-
-    def read(self, ports: Sequence[Port], log: Log, seed: int = 0) -> tuple[Shots | Unread, float | Shots]:
-        """Return all samples, and the fraction that is held out or those that are."""
-        fraction = _fraction(self.holdout)
-        if self.synthetic_shots is not None:
-            if self.shots is not None:
-                raise JobError("shots and synthetic_shots are both given.\n  Leave the random ones out.")
-            return synthetic(ports, self.synthetic_shots, np.random.default_rng(seed)), fraction or 0.0
-        most = self.max_shots
-        if most is not None and fraction:
-            # So many fit, and the fraction of all judges.
-            most = round(most / (1 - min(fraction, 0.99)))
-        whole = self._found(self.shots, ports, log, labels=self.labels, most=most)
-        if fraction is not None:
-            return whole, fraction
-        others = self._found(self.holdout, ports, log)
-        return whole, others.stream(np.arange(len(others))) if isinstance(others, Unread) else others
-
-    def judging(self, whole: Shots | Unread, held: float | Shots, seed: int) -> Shots:
-        """Return the samples that judge two given models; of many files each is read when it is used."""
-        fraction = None if isinstance(held, Shots) else held
-        rows = draw(whole, per_class=self.per_class, max_shots=self.max_shots, holdout=fraction, seed=seed)[1]
-        if isinstance(held, Shots):
-            return held
-        return whole.stream(rows) if isinstance(whole, Unread) else whole.take(rows)
-
-    def _found(
-        self, given: Any, ports: Sequence[Port], log: Log, *, labels: Any = None, most: int | None = None
-    ) -> Shots | Unread:
-        """Return samples from memory, or those of files before any is decoded."""
-        paths = _paths(given)
-        file = Path(labels) if isinstance(labels, (str, os.PathLike)) else None
-        if paths is None:
-            if file is not None:
-                raise JobError("labels is a file, and the samples are in memory.\n  Give labels as an array too.")
-            return gather(given, ports, self.preprocess, labels=labels, most=most, log=log)
-        if not paths:
-            raise JobError("no samples.\n  Give shots: a path, an array, (images, labels) or a loader.")
-        found = list_shots(paths, ports, self.preprocess, labels=file, skip_bad=self.skip_bad, log=log)
-        if labels is None or file is not None:
-            return found
-        return replace(found, labels=check_labels(as_array(labels), len(found), "labels"), classes=None)
 
 
 def _known(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
@@ -268,10 +175,10 @@ def _known(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _data(shots: Samples | None, given: dict[str, Any]) -> _Data:
+def _request(shots: Samples | None, given: dict[str, Any]) -> Request:
     """Take what concerns the samples out of the options."""
-    taken = {name: given.pop(name, None) for name in ("labels", "holdout", "per_class", "max_shots", "synthetic_shots")}
-    return _Data(shots, preprocess=_preprocess(given), skip_bad=given.pop("skip_bad", False), **taken)
+    names = [field.name for field in fields(Request) if field.name not in ("shots", "preprocess")]
+    return Request(shots, preprocess=_preprocess(given), **{name: given.pop(name) for name in names if name in given})
 
 
 def _preprocess(given: dict[str, Any]) -> Preprocess:
@@ -296,50 +203,16 @@ def _gate(given: dict[str, Any]) -> Gate:
     return whole if whole is not None else Gate(**single)
 
 
-def _job(work: Any, given: dict[str, Any], data: _Data, *, model: Path, out: Path) -> Job:
+def _job(work: Any, given: dict[str, Any], asked: Request, *, model: Path, out: Path) -> Job:
     """Return the job."""
-    gate = _gate(given)
     if given.get("round_to") == "auto":
         del given["round_to"]
-    told = {name: value for name, value in data.told().items() if value is not None}
-    told["shots"] = tuple(told["shots"])
-    if not isinstance(data.labels, (str, os.PathLike)):
+    told = {name: value for name, value in asked.told().items() if value is not None}
+    told |= {"shots": asked.names, "preprocess": asked.preprocess, "seed": asked.seed, "gate": _gate(given)}
+    if not isinstance(asked.labels, (str, os.PathLike)):
         told.pop("labels", None)
-    job: Job = work.Job(model=model, out=out, gate=gate, preprocess=data.preprocess, **told, **given)
+    job: Job = work.Job(model=model, out=out, **told, **given)
     return job
-
-
-def _paths(given: Any) -> tuple[str, ...] | None:
-    """Return samples as the paths that they are; None where they are in memory."""
-    if given is None:
-        return ()
-    if isinstance(given, (str, os.PathLike)):
-        return (os.fspath(given),)
-    if isinstance(given, (list, tuple)) and all(isinstance(part, (str, os.PathLike)) for part in given):
-        return tuple(os.fspath(part) for part in given)
-    return None
-
-
-def _fraction(holdout: Any) -> float | None:
-    """Return the fraction that is held out; None where other samples are."""
-    if holdout is None:
-        return 0.0
-    text = str(holdout) if isinstance(holdout, (str, int, float, np.number)) else ""
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        return None
-
-
-def _told(value: Any) -> str | None:
-    """Return a value as a report says it: a path or a number as it is, what is in memory by its kind."""
-    if value is None:
-        return None
-    fraction = _fraction(value)
-    if fraction is not None:
-        return f"{fraction:g}"
-    paths = _paths(value)
-    return described(value) if paths is None else ", ".join(paths)
 
 
 def _library() -> Any:

@@ -89,6 +89,20 @@ def pattern_of(structure: str) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
+def check_budget(budget: Budget) -> None:
+    """Raise JobError for a target that makes no sense for any model."""
+    if budget.kind not in KINDS:
+        raise JobError(f"unknown target '{budget.kind}'.\n  Targets: {', '.join(KINDS)}.")
+    if not 0 < budget.amount < 1:
+        raise JobError(
+            f"--{budget.kind} is {budget.amount:g}.\n  It is a fraction above 0 and below 1: "
+            "0.5 or 50%. One per cent is 1%."
+        )
+    if budget.round_to is not None and budget.round_to < 1:
+        raise JobError(f"--round-to is {budget.round_to}.\n  It is a number of channels: 1 or more.")
+    pattern_of(budget.structure)
+
+
 def make_plan(net: Net, budget: Budget) -> Plan:
     """Turn a target into units kept, the same fraction in every layer.
 
@@ -99,15 +113,7 @@ def make_plan(net: Net, budget: Budget) -> Plan:
     NothingToDo
         Nothing may go, or the target is out of reach; the message says what is in reach.
     """
-    if budget.kind not in KINDS:
-        raise JobError(f"unknown target '{budget.kind}'.\n  Targets: {', '.join(KINDS)}.")
-    if not 0 < budget.amount < 1:
-        raise JobError(
-            f"--{budget.kind} is {budget.amount:g}.\n  It is a fraction above 0 and below 1: "
-            "0.5 or 50%. One per cent is 1%."
-        )
-    if budget.round_to is not None and budget.round_to < 1:
-        raise JobError(f"--round-to is {budget.round_to}.\n  It is a number of channels: 1 or more.")
+    check_budget(budget)
     pattern = pattern_of(budget.structure)
     named = _named(net, budget)
     if budget.structure == "channel":
@@ -130,7 +136,8 @@ def make_plan(net: Net, budget: Budget) -> Plan:
         fraction = (budget.amount * total - (total - free)) / free
         if fraction <= 0:
             raise NothingToDo(
-                f"--params {budget.amount:.0%} is out of reach: the weights that stay are {(total - free) / total:.0%}."
+                f"--params {100 * budget.amount:g}% is out of reach: "
+                f"the weights that stay are {(total - free) / total:.0%}."
             )
     sizes = {layer.name: int(net.array(layer.weight).size) for layer in layers}
     return Plan("element", weights={name: max(1, round(fraction * size)) for name, size in sizes.items()})
@@ -209,8 +216,9 @@ def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
         least, everything = cost(counts(fractions[0])), cost({})
         if least > limit:
             raise NothingToDo(
-                f"--{budget.kind} {budget.amount:.0%} is out of reach: with as few channels left as --round-to allows, "
-                f"{least / everything:.1%} remain.\n  Ask for more than that, pass --round-to 1, or pass --residual."
+                f"--{budget.kind} {100 * budget.amount:g}% is out of reach: with as few channels left as --round-to "
+                f"allows, {least / everything:.1%} remain.\n"
+                "  Ask for more than that, pass --round-to 1, or pass --residual."
             )
         while low < high:
             middle = (low + high + 1) // 2

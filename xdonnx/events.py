@@ -15,7 +15,7 @@ class Event:
     stage : str
         What the job is busy with: 'read', 'shots', 'parity', 'curves', 'fit', 'cut', 'verify', 'latency'.
     text : str
-        One line for a person; may be empty on a pure progress tick.
+        One line for a person, legible; may be empty on a pure progress tick.
     done, total : int
         Progress within the stage; `total` 0 means unknown.
     level : {'info', 'warning'}
@@ -28,9 +28,17 @@ class Event:
     total: int = 0
     level: str = "info"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", legible(self.text))
+
 
 Log = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
     """Drop the event: the default log of the library."""
+
+
+def legible(text: str) -> str:
+    """Return a text that can be written: names of files that are not UTF-8 hold what cannot, which becomes '?'."""
+    return text.encode("utf-8", "replace").decode("utf-8")

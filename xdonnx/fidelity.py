@@ -21,6 +21,9 @@ from xdonnx.worst import Case, described, gather
 
 Array = NDArray[Any]
 
+# A teacher that is this little better than chance was most likely fed otherwise than it was trained, or is of other
+# classes than the labels.
+_CLUELESS = 0.15
 # Rows of one run where the batch axis is free, and the numbers fed at most, lest wide images fill the memory.
 _ROWS, _NUMBERS = 64, 10_000_000
 
@@ -52,9 +55,29 @@ class Named(Protocol):
         """Name of each class, where known."""
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """What the outputs of a model are.
+
+    Parameters
+    ----------
+    classes : int, optional
+        Of the output that classifies; None where none does.
+    floating, odd : tuple of str
+        Outputs of floating-point numbers, and those that are no tensors.
+    """
+
+    classes: int | None
+    floating: tuple[str, ...]
+    odd: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """What one run says of one output; `errors` and `sizes` are squared norms by sample, `student` in all."""
+    """What one run says of one output; `errors` and `sizes` are squared norms by sample, `student` in all.
+
+    `alike` is false where the student's answer has another length than the teacher's: then nothing bounds its error.
+    """
 
     errors: Array
     sizes: Array
@@ -65,6 +88,7 @@ class _Piece:
     elements: int
     ignored: int
     floating: bool
+    alike: bool = True
 
 
 def compare(
@@ -99,7 +123,9 @@ def compare(
     -------
     Fidelity
         Top-1 figures where some output classifies: the first of floating-point numbers that is (N, C) or (N,
-        C, 1, 1) with at least two classes. The worst samples are gathered on the way.
+        C, 1, 1) with at least two classes. With labels the drop is that of the accuracy, unless the teacher is hardly
+        better than chance and so has no accuracy to lose: then it is that of the agreement. The worst samples are
+        gathered on the way.
 
     Raises
     ------
@@ -138,7 +164,7 @@ def compare(
         cases = gather(cases, feed, errors, scores, None if labels is None else labels[start:][:rows], start=start)
         log(Event("verify", done=start + rows, total=samples))
     outputs = [_output(name, pieces[name], confidence, generator, log) for name in names]
-    found = _classified(np.concatenate(top, axis=1), labels, count, confidence) if top else {}
+    found = _classified(np.concatenate(top, axis=1), labels, count, confidence, log) if top else {}
     ids, words = (shots.ids, shots.classes) if isinstance(shots, Named) else (None, None)
     worst = described(cases, labels, ids, words)
     return Fidelity(samples=samples, held_out=held_out, outputs=tuple(outputs), worst=worst, **found)
@@ -183,16 +209,22 @@ def _free_batch(session: ort.InferenceSession, shots: Samples) -> int:
 
 
 def _batches(session: ort.InferenceSession, shots: Samples) -> bool:
-    """Whether two samples make twice the output; some exports declare the batch free but reshape to one."""
-    one = answer(session, {name: values[:1] for name, values in shots.inputs.items()})
+    """Whether two samples make twice the output of each one.
+
+    Some exports declare the batch free but reshape to one, and what a detector finds depends on the sample.
+    """
+
+    def lengths(start: int, rows: int) -> list[float]:
+        found = answer(session, {name: values[start : start + rows] for name, values in shots.inputs.items()})
+        # Not a number is never equal: such outputs are compared sample by sample.
+        return [len(one) if isinstance(one, np.ndarray) and one.ndim else math.nan for one in found.values()]
+
+    single = lengths(0, 1)
     try:
-        two = answer(session, {name: values[:2] for name, values in shots.inputs.items()})
+        twice = lengths(0, 2) == [2 * length for length in single]
     except ModelError:
         return False
-    return all(
-        isinstance(two[name], np.ndarray) and two[name].ndim > 0 and len(two[name]) == 2 * len(single)
-        for name, single in one.items()
-    )
+    return twice and all(lengths(row, 1) == single for row in (len(shots) // 2, len(shots) - 1))
 
 
 def _classifies(output: object, rows: int) -> bool:
@@ -217,38 +249,86 @@ def _sample_errors(pieces: Iterable[_Piece | None], rows: int) -> Array:
     return worst
 
 
-def _classified(top: Array, labels: Array | None, classes: int, confidence: float) -> dict[str, Any]:
+def _classified(top: Array, labels: Array | None, classes: int, confidence: float, log: Log) -> dict[str, Any]:
     """Return the top-1 figures from the winning classes, (2, n): the teacher's and the student's."""
     count = top.shape[1]
     ours, theirs = top
     found: dict[str, Any] = {"top1_agreement": 100 * float(np.mean(ours == theirs))}
-    kind: Literal["accuracy", "agreement"] = "agreement" if labels is None else "accuracy"
-    if labels is None:
-        lost, gained = int(np.sum(ours != theirs)), 0
-    else:
-        if labels.min() < 0 or labels.max() >= classes:
-            raise ShotsError(
-                f"labels run from {labels.min()} to {labels.max()}, the model's classes to {classes - 1}.\n"
-                "  Check which labels belong to this model."
-            )
+    kind: Literal["accuracy", "agreement"] = "agreement"
+    lost, gained = int(np.sum(ours != theirs)), 0
+    if labels is not None:
+        check_classes(labels, classes)
         right, kept = ours == labels, theirs == labels
-        lost, gained = int(np.sum(right & ~kept)), int(np.sum(~right & kept))
         found["accuracy_teacher"] = 100 * float(np.mean(right))
         found["accuracy_student"] = 100 * float(np.mean(kept))
+        if not _clueless(found["accuracy_teacher"], labels, classes, log):
+            kind = "accuracy"
+            lost, gained = int(np.sum(right & ~kept)), int(np.sum(~right & kept))
     interval = drop_interval(kind, lost, gained, count, confidence)
     found["drop"] = Drop(**vars(interval), of=kind, lost=lost, gained=gained)
     found["smallest_drop"] = smallest_drop(count, confidence)
     return found
 
 
+def _clueless(accuracy: float, labels: Array, classes: int, log: Log) -> bool:
+    """Whether the teacher is hardly better than chance on these labels, so that it has no accuracy to lose; warn then.
+
+    By chance one guesses among the classes that the labels hold, or among the model's where they hold a single one.
+    """
+    several = len(np.unique(labels))
+    choices = several if several > 1 else classes
+    chance = 100 / choices
+    clueless = accuracy < chance + _CLUELESS * (100 - chance)
+    if clueless:
+        text = (
+            f"the teacher is right on only {accuracy:.2f} % of {len(labels)} samples, near chance for {choices} "
+            "classes, so its agreement with the student is judged, not the accuracy; check --preset, --color and how "
+            "labels are numbered"
+        )
+        log(Event("verify", text, level="warning"))
+    return clueless
+
+
+def check_classes(labels: Array, classes: int) -> None:
+    """Raise ShotsError where a label is no class of a model that has so many."""
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ShotsError(
+            f"labels run from {labels.min()} to {labels.max()}, the model's classes to {classes - 1}.\n"
+            "  Check which labels belong to this model."
+        )
+
+
+def kinds(session: ort.InferenceSession, shots: Samples) -> Kinds:
+    """Return what the outputs are, from the answers to a few samples.
+
+    Raises
+    ------
+    ShotsError
+        As from `fixed_batch`.
+    ModelError, MachineError
+        The model cannot be run.
+    """
+    rows = fixed_batch(session.get_inputs(), shots) or min(2, _free_batch(session, shots))
+    found = answer(session, {name: values[:rows] for name, values in shots.inputs.items()})
+    scores = next((output for output in found.values() if _classifies(output, rows)), None)
+    tensors = {name: output for name, output in found.items() if isinstance(output, np.ndarray)}
+    return Kinds(
+        classes=None if scores is None else scores.shape[1],
+        floating=tuple(name for name, output in tensors.items() if output.dtype.kind == "f"),
+        odd=tuple(name for name in found if name not in tensors),
+    )
+
+
 def _piece(name: str, ours: Any, theirs: Any, rows: int) -> _Piece | None:
-    """Compare one run's answers; None where they are no tensors, or of a length that depends on the data."""
+    """Compare one run's answers; None where they are no tensors."""
     if not isinstance(ours, np.ndarray) or not isinstance(theirs, np.ndarray):
         return None
     if ours.ndim != theirs.ndim or ours.shape[1:] != theirs.shape[1:]:
         raise VerifyError(f"output '{name}' has shape {theirs.shape}, the teacher's has {ours.shape}.")
     if ours.shape != theirs.shape:
-        return None
+        # How many there are depends on the data, as with detections, and the student finds more or fewer.
+        most, endless = max(ours.size, theirs.size), np.full(1, np.inf)
+        return _Piece(endless, np.ones(1), 0.0, 0.0, np.inf, 0, most, 0, ours.dtype.kind == "f", alike=False)
     count = rows if ours.ndim and len(ours) == rows else 1
     if ours.dtype.kind != "f":
         nothing, equal = np.zeros(count), int(np.sum(ours == theirs))
@@ -282,14 +362,18 @@ def _output(
 ) -> OutputError:
     """Join the runs of one output."""
     known = [piece for piece in pieces if piece is not None]
-    if len(known) < len(pieces):
-        text = f"output '{name}' is not compared: it is no tensor, or its length depends on the data"
+    unlike = sum(not piece.alike for piece in known)
+    if unlike:
+        text = f"output '{name}': the student's has another length than the teacher's in {unlike} of {len(pieces)} runs"
         log(Event("verify", text, level="warning"))
-        return OutputError(name=name, relative_l2=None, max_abs=None, cosine=None)
+    if len(known) < len(pieces):
+        log(Event("verify", f"output '{name}' is not compared: it is no tensor", level="warning"))
     elements = sum(piece.elements for piece in known)
-    if not known[0].floating:
+    if known and not known[0].floating:
         share = 100 * sum(piece.equal for piece in known) / elements if elements else None
         return OutputError(name=name, relative_l2=None, max_abs=None, cosine=None, agreement=share)
+    if unlike or len(known) < len(pieces):
+        return OutputError(name=name, relative_l2=None, max_abs=None, cosine=None, compared=False)
     ignored = sum(piece.ignored for piece in known)
     if ignored:
         text = f"output '{name}': {ignored} of {elements} numbers left out, not finite in the teacher itself"
@@ -299,7 +383,9 @@ def _output(
     found: dict[str, Any] = {"relative_l2": None}
     if sizes.sum() > 0:
         interval = relative_error(errors, sizes, confidence, generator=generator)
-        found = {"relative_l2": interval.value, "low": interval.low, "high": interval.high}
+        found = {"relative_l2": interval.value}
+        if math.isfinite(interval.high):
+            found |= {"low": interval.low, "high": interval.high}
     elif errors.sum() == 0:
         found = {"relative_l2": 0.0, "low": 0.0, "high": 0.0}
     lengths = math.sqrt(sizes.sum() * sum(piece.student for piece in known))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.intervals import drop_interval
-from xdonnx.report import UNITS, Fidelity, Figures, GateResult, Latency, Report, gate_line
+from xdonnx.report import AT_LEAST, COUNTS, Fidelity, Figures, GateResult, Latency, Report, gate_line
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Gate:
     Parameters
     ----------
     max_drop : float, optional
-        Points of accuracy where labels are given, else of agreement with the teacher.
+        Points of accuracy; of agreement with the teacher where nothing is labelled, or where the teacher is hardly
+        better than chance on the labels.
     max_error : float, optional
         Relative L2 error of the worst floating-point output.
     min_shrink : float, optional
@@ -58,8 +59,8 @@ class Gate:
             raise JobError(
                 f"gate min_shrink = {self.min_shrink} asks for a file of no bytes.\n  Give a fraction: 0.1 is 10 %."
             )
-        if self.confidence is not None and not 0 < self.confidence < 1:
-            raise JobError(f"confidence {self.confidence} is not between 0 and 1.\n  Usual: 0.95.")
+        if self.confidence is not None and not 0 < self.confidence <= _SUREST:
+            raise JobError(f"confidence {self.confidence:.17g} is not above 0 and at most {_SUREST}.\n  Usual: 0.95.")
         for name in self.warn_only:
             if name not in GATES and name not in STRICT:
                 near = did_you_mean(name, (*GATES, *STRICT))
@@ -84,18 +85,51 @@ _BLAME = {
     "not_slower": "the student is slower than the teacher, beyond the noise",
     "removed": "nothing was removed",
 }
-# Limits from below; all others are from above.
-_LEAST = frozenset({"min_shrink", "smaller", "removed"})
+# Beyond this confidence the formulas of intervals say nothing of few samples, and floating point nothing at all.
+_SUREST = 0.999999
+_NO_CLASSES = (
+    "gate max_drop: no output classifies, so there is no accuracy and no agreement to lose.\n  Set max_error instead."
+)
+_LESS = "remove less, give more samples, or try --preset-effort best"
+_NO_NUMBERS = "gate max_error: no output of floating-point numbers was compared.\n  Set max_drop, or leave it out."
 # Quartiles of few runs are themselves uncertain: with r runs they are moved out by the factor 1 + 10 / r. And so many
 # milliseconds more are no slowdown that anyone meets: in models this small the call itself and the layout that
 # onnxruntime picks for odd numbers of channels weigh more than the arithmetic.
 _FEW_RUNS, _TRIFLE = 10, 0.05
+# So many points surely lost, or such a relative error, are much, whatever the student is for.
+_HEAVY, _FAR = 5.0, 0.5
+# How many times as many samples are tried to find what a limit wants.
+_TIMES = (*range(2, 21), 25, 30, 40, 50, 75, 100)
 
 
 def of_a_job(gate: Gate, structure: str) -> Gate:
     """Return the gate with what is asked of every job; a pattern such as 2:4 is not meant to shrink the file."""
     meant = ("smaller",) if ":" in structure else ()
     return replace(gate, strict=True, warn_only=(*gate.warn_only, *meant))
+
+
+def check_measurable(gate: Gate, *, classifies: bool, floating: Sequence[str], odd: Sequence[str]) -> None:
+    """Make sure that a model's outputs are such that the gate can judge them, before any work.
+
+    Parameters
+    ----------
+    gate : Gate
+    classifies : bool
+        Whether an output does.
+    floating, odd : sequence of str
+        Outputs of floating-point numbers, and those that are no tensors.
+
+    Raises
+    ------
+    JobError
+        A limit is set on what no answer of this model shows.
+    """
+    if gate.max_drop is not None and not classifies:
+        raise JobError(_NO_CLASSES)
+    if gate.max_error is not None and odd:
+        raise JobError(f"gate max_error: output '{odd[0]}' is no tensor, so nothing bounds its error.\n  Leave it out.")
+    if gate.max_error is not None and not floating:
+        raise JobError(_NO_NUMBERS)
 
 
 def judge(teacher: Figures | None, student: Figures | None, fidelity: Fidelity | None, gate: Gate) -> list[GateResult]:
@@ -119,18 +153,17 @@ def judge(teacher: Figures | None, student: Figures | None, fidelity: Fidelity |
 
     Notes
     -----
-    Rounding never decides: value and bound are rounded to the decimals that are shown (two of a point, six of an
-    error, two of a percentage, three of a ratio), and these are what is compared with the limit, which is shown
-    with ten digits.
+    Ten digits are compared, of the bound as of the limit: fewer would pass a breach that is small, more would let the
+    arithmetic decide (7 of 100 samples are 7.000000000000001 points). Shown are as many as tell the verdict.
     """
     limits = {name: (unit, getattr(gate, name)) for name, unit in GATES.items() if getattr(gate, name) is not None}
     if gate.strict:
         limits |= {name: (unit, limit) for name, (unit, limit, own) in STRICT.items() if own not in limits}
     found = []
     for name, (unit, given) in limits.items():
-        limit = float(f"{given:.10g}")
-        value, bound = _measured(name, teacher, student, fidelity, gate.confidence)
-        value, bound = (None if number is None else round(number, UNITS[unit]) for number in (value, bound))
+        limit = _told(given, unit)
+        measured = _measured(name, teacher, student, fidelity, gate.confidence)
+        value, bound = (None if number is None else _told(number, unit) for number in measured)
         found.append(
             GateResult(
                 name=name,
@@ -139,16 +172,22 @@ def judge(teacher: Figures | None, student: Figures | None, fidelity: Fidelity |
                 limit=limit,
                 unit=unit,
                 level="warn" if name in gate.warn_only else "fail",
-                passed=bound is not None and (bound >= limit if name in _LEAST else bound <= limit),
+                passed=bound is not None and (bound >= limit if name in AT_LEAST else bound <= limit),
             )
         )
     return found
 
 
+def _told(number: float, unit: str) -> float:
+    """Return a number with the digits that count; counts have no others."""
+    return number if unit in COUNTS else float(f"{number:.10g}")
+
+
 def rejudge(report: Report, gate: Gate) -> Report:
     """Return the report as it would read had these been the limits; a failed job stays failed.
 
-    What a strict gate asked is asked again, by the report or by the gate.
+    What a strict gate asked is asked again, by the report or by the gate; what of that only warned only warns again,
+    since the job said so: a pattern such as 2:4 is not meant to shrink the file.
 
     Raises
     ------
@@ -157,16 +196,36 @@ def rejudge(report: Report, gate: Gate) -> Report:
     """
     if report.status == "failed" and report.fidelity is None:
         return report
-    strict = gate.strict or any(result.name in STRICT for result in report.gates)
-    gates = judge(report.teacher, report.student, report.fidelity, replace(gate, strict=strict))
+    asked = [result for result in report.gates if result.name in STRICT]
+    warned = tuple(result.name for result in asked if result.level == "warn")
+    gate = replace(gate, strict=gate.strict or bool(asked), warn_only=(*gate.warn_only, *warned))
+    gates = judge(report.teacher, report.student, report.fidelity, gate)
     if report.status == "failed":
         return report.model_copy(update={"gates": tuple(gates)})
-    return report.model_copy(update=verdict(gates) | {"gates": tuple(gates)})
+    return report.model_copy(update=verdict(gates, report.fidelity, gate.confidence) | {"gates": tuple(gates)})
 
 
-def verdict(gates: Sequence[GateResult]) -> dict[str, Any]:
-    """Return the status, exit code and reasons of a job that did not fail before its gates."""
-    broken = tuple(_reason(gate) for gate in gates if gate.level == "fail" and not gate.passed)
+def softened(report: Report, gate: Gate) -> Gate:
+    """Return the limits that a report was judged by, judged as the gate says: its confidence, and what only warns."""
+    given = report.job.get("gate")
+    confidence = given.get("confidence") if isinstance(given, dict) else None
+    warned = tuple(result.name for result in report.gates if result.level == "warn")
+    return Gate(
+        **{result.name: result.limit for result in report.gates if result.name in GATES},
+        confidence=gate.confidence or (confidence if isinstance(confidence, float) else None),
+        warn_only=(*warned, *gate.warn_only),
+        strict=any(result.name in STRICT for result in report.gates),
+    )
+
+
+def verdict(
+    gates: Sequence[GateResult], fidelity: Fidelity | None = None, confidence: float | None = None
+) -> dict[str, Any]:
+    """Return the status, exit code and reasons of a job that did not fail before its gates.
+
+    With what was measured, and the confidence that it was judged at, a reason says how many samples it would take.
+    """
+    broken = tuple(_reason(gate, fidelity, confidence) for gate in gates if gate.level == "fail" and not gate.passed)
     return {
         "status": "rejected" if broken else "passed",
         "exit_code": 3 if broken else 0,
@@ -174,11 +233,57 @@ def verdict(gates: Sequence[GateResult]) -> dict[str, Any]:
     }
 
 
-def _reason(gate: GateResult) -> str:
+def heavy_loss(fidelity: Fidelity | None, limits: Collection[str]) -> tuple[str, ...]:
+    """Return a warning where a student surely lost much and no limit was set on that; else nothing.
+
+    Parameters
+    ----------
+    fidelity : Fidelity, optional
+    limits : collection of str
+        Names of the gates that were judged.
+    """
+    if fidelity is None or {"max_drop", "max_error"} & set(limits):
+        return ()
+    drop = fidelity.drop
+    if drop is not None:
+        if drop.low < _HEAVY:
+            return ()
+        sure = f"at least {drop.low:.1f} ({100 * drop.confidence:g} % confidence)"
+        lost = f"the student lost {drop.value:.2f} points of {drop.of}, {sure}"
+        return (f"{lost}, and no limit was set: --max-drop 1 rejects such a student; {_LESS}",)
+    worst = max((output.low or 0.0 for output in fidelity.outputs), default=0.0)
+    if worst < _FAR:
+        return ()
+    lost = f"the student's answers are off by at least {100 * worst:.0f} % (relative L2)"
+    return (f"{lost}, and no limit was set: --max-error 0.1 rejects such a student; {_LESS}",)
+
+
+def _reason(gate: GateResult, fidelity: Fidelity | None, confidence: float | None) -> str:
     """Say what was broken; of a limit that nobody typed also what that means and how to lift it."""
+    if gate.name == "max_drop" and fidelity is not None and confidence is not None:
+        return gate_line(gate) + _too_few(gate, fidelity, confidence)
     if gate.name not in STRICT:
         return gate_line(gate)
     return f"{gate_line(gate)}: {_BLAME[gate.name]} (meant so? --warn-only {gate.name.replace('_', '-')})"
+
+
+def _too_few(gate: GateResult, fidelity: Fidelity, confidence: float) -> str:
+    """Say how many samples could keep the limit, where the drop keeps it and only its interval does not."""
+    drop, samples = fidelity.drop, fidelity.samples
+    if drop is None or gate.value is None or gate.bound is None or gate.value >= gate.limit or gate.limit <= 0:
+        return ""
+    best = drop_interval(drop.of, 0, 0, samples, confidence).high
+    times = next(
+        (
+            times
+            for times in _TIMES
+            if drop_interval(drop.of, times * drop.lost, times * drop.gained, times * samples, confidence).high
+            <= gate.limit
+        ),
+        None,
+    )
+    needed = "" if times is None else f"; about {times * samples} that come out alike would do"
+    return f": {samples} samples can promise {best:.1f} points at best{needed}"
 
 
 def _measured(
@@ -196,7 +301,7 @@ def _measured(
     if teacher is None or student is None:
         raise JobError(f"gate {name}: neither model was measured.")
     if name == "min_shrink":
-        shrink = 1 - student.bytes / teacher.bytes
+        shrink = (teacher.bytes - student.bytes) / teacher.bytes
         return shrink, shrink
     if name == "smaller":
         gone: float = teacher.bytes - student.bytes
@@ -213,11 +318,14 @@ def _measured(
 
 
 def _least_ratio(before: Latency, after: Latency) -> float:
-    """Return how many times as slow the student is at the least, noise granted to it: 1 or less where bands overlap.
+    """Return how many times as slow the student is at the least, noise and a trifle granted to it.
 
-    That is the lower quartile of the student over the upper one of the teacher, both moved away from their
-    medians where few runs were timed, and the teacher granted a trifle.
+    That is the lower end of the band of their ratio, as `xdonnx bench` shows it. A report without that band has only
+    quartiles: the student's lower over the teacher's upper one, both moved away from their medians where few runs
+    were timed.
     """
+    if after.ratio is not None:
+        return after.ratio.low * before.median / (before.median + _TRIFLE)
     best = after.median - (1 + _FEW_RUNS / after.runs) * (after.median - after.q1)
     worst = before.median + (1 + _FEW_RUNS / before.runs) * (before.q3 - before.median)
     return max(best, 0.0) / (worst + _TRIFLE)
@@ -226,10 +334,7 @@ def _least_ratio(before: Latency, after: Latency) -> float:
 def _drop(fidelity: Fidelity | None, confidence: float | None) -> tuple[float, float]:
     drop = fidelity.drop if fidelity else None
     if fidelity is None or drop is None:
-        raise JobError(
-            "gate max_drop: no output classifies, so there is no accuracy and no agreement to lose.\n"
-            "  Set max_error instead."
-        )
+        raise JobError(_NO_CLASSES)
     if confidence is None:
         return drop.value, drop.value
     return drop.value, drop_interval(drop.of, drop.lost, drop.gained, fidelity.samples, confidence).high
@@ -237,16 +342,19 @@ def _drop(fidelity: Fidelity | None, confidence: float | None) -> tuple[float, f
 
 def _error(fidelity: Fidelity | None, confidence: float | None) -> tuple[float | None, float | None]:
     outputs = [output for output in fidelity.outputs if output.max_abs is not None] if fidelity else []
+    if fidelity and not all(output.compared for output in fidelity.outputs):
+        return None, None
     if not outputs:
-        raise JobError("gate max_error: no output of floating-point numbers was compared.")
+        raise JobError(_NO_NUMBERS)
     errors = [output.relative_l2 for output in outputs]
     value = None if None in errors else max(error for error in errors if error is not None)
     if confidence is None or value is None:
         return value, value
     for output in outputs:
-        if output.high is None or output.confidence != confidence:
+        if output.confidence is None or not math.isclose(output.confidence, confidence, abs_tol=1e-9):
             raise JobError(
                 f"gate max_error: the error of '{output.name}' was bounded at confidence {output.confidence}, "
                 f"not {confidence}.\n  Measure again with --confidence {confidence}."
             )
-    return value, max(output.high for output in outputs if output.high is not None)
+    bounds = [output.high for output in outputs]
+    return value, None if None in bounds else max(bound for bound in bounds if bound is not None)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xdonnx.errors import JobError, ShotsError
+from xdonnx.files import unfetched
 
 if TYPE_CHECKING:
     # For the annotations only: reading images must not cost the import of onnx.
@@ -201,16 +202,45 @@ def open_image(path: Path, *, gray: bool = False) -> Array:
             # Pillow only warns between one and two times its limit; shots that large are a mistake too.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image)
-        pixels = np.array(_eight_bits(upright).convert("L" if gray else "RGB"))
+                found = upright(image)
+        pixels = np.array(found.convert("L" if gray else "RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ShotsError(f"more than the {Image.MAX_IMAGE_PIXELS} pixels that are safe to decode") from error
     except UnidentifiedImageError as error:
-        raise ShotsError("not an image") from error
+        pointer = "a Git LFS pointer, not fetched: git lfs pull; in CI lfs: true"
+        raise ShotsError(pointer if unfetched(path) else "not an image") from error
     except Exception as error:
         # Decoders let out whatever their parsers trip over: OSError, SyntaxError, struct.error, KeyError, ...
         raise ShotsError(str(error) or type(error).__name__) from error
     return pixels[:, :, None] if gray else pixels
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return a picture as its camera was held, in mode 1, L, LA or RGB.
+
+    Raises
+    ------
+    ShotsError
+        Samples whose range is not known. Decoders raise errors of their own.
+    """
+    # A mode of 32 bits is also what some Pillows open 16-bit PNG and PGM as; elsewhere the range has to be guessed.
+    guessed = image.mode == "I" and image.format not in ("PNG", "PPM")
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I"):
+        samples = np.asarray(turned).astype(np.int64)
+        least, most = samples.min(), samples.max()
+        if least < 0 or most > 65535:
+            raise ShotsError("samples of more than 16 bits; give arrays instead")
+        if guessed and 0 < most <= 255:
+            raise ShotsError("samples of 32 bits up to 255, black if 16 bits are meant; save them as 8 or 16 bits")
+        # Plain convert() would clip at 255.
+        return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+    if turned.mode == "F":
+        raise ShotsError("floating-point samples have no range to scale from; give arrays instead")
+    if turned.mode == "P":
+        # Straight to RGB, Pillow warns of palettes with transparency.
+        return turned.convert("RGBA").convert("RGB")
+    return turned.convert("RGB") if turned.mode not in ("1", "L", "LA", "RGB") else turned
 
 
 def fit(pixels: Array, wanted: Frame, preprocess: Preprocess) -> Array:
@@ -324,7 +354,7 @@ def normalize(pixels: Array, wanted: Frame, preprocess: Preprocess) -> Array:
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        close = difflib.get_close_matches(value, choices, 1)
+        close = difflib.get_close_matches(value, choices, 1, 0.7)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise JobError(f"unknown --{name} '{value}'.{hint}\n  Choices: {', '.join(choices)}.")
 
@@ -337,22 +367,6 @@ def _graph_layout(shape: Sequence[int | str | None], otherwise: str) -> str:
         if last == channels:
             return "nhwc"
     return "nhwc" if otherwise == "nhwc" else "nchw"
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return the image in a mode that converts to RGB and L without loss of range."""
-    if image.mode.startswith("I"):
-        # 'I' is how older Pillows open 16-bit grayscale PNG; plain convert() would clip at 255.
-        samples = np.asarray(image).astype(np.int64)
-        if samples.min() < 0 or samples.max() > 65535:
-            raise ShotsError("samples of more than 16 bits; give arrays instead")
-        return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ShotsError("floating-point samples have no range to scale from; give arrays instead")
-    if image.mode == "P":
-        # Straight to RGB, Pillow warns of palettes with transparency.
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB") if image.mode not in ("1", "L", "LA", "RGB") else image
 
 
 def _luminance(pixels: Array) -> Array:

@@ -16,9 +16,13 @@ Array = NDArray[np.float64]
 # In samples. One half is the full correction, and too wide.
 _CONTINUITY = 0.125
 # Below so many samples resampling says nothing about the spread of a resample.
-_FEW = 10
+FEW = 10
+# An error that may be so many times as large as measured is not bounded at all.
+_ENDLESS = 1e6
 # Numbers that the bootstrap holds at once.
 _NUMBERS = 1_000_000
+# Rounds of timing are cut into so many spans; the ratio of each is one vote on the true one.
+_SPANS = 10
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Interval:
         All in one unit: points (percent of the samples) for drops and shares, none for relative errors.
     confidence : float
         Coverage that the interval aims at, in (0, 1).
-    method : {'tango', 'newcombe', 'wilson', 'bootstrap'}
+    method : {'tango', 'newcombe', 'wilson', 'bootstrap', 'jackknife', 'spans'}
     """
 
     value: float
@@ -66,9 +70,9 @@ def tango(lost: int, gained: int, samples: int, confidence: float = 0.95) -> Int
 
     The interval holds every difference that the score test does not reject, and stays sensible where one or both
     counts are zero, as is usual with a good student and few samples. As it stands in [1]_ it falls short with few
-    changes (of 95 % it holds 93.3 % at 100 samples of which the student loses 5 % and gains 1 %), so the score
-    carries an eighth of a sample of the continuity correction of [2]_: with that it holds at least 94.9 % wherever it
-    was tried, and is as wide as Newcombe's for a good teacher.
+    changes: of 95 % it holds 93.0 % at 100 samples of which the student loses 6 % and gains 0.5 %. So the score
+    carries an eighth of a sample of the continuity correction of [2]_, the least that leaves 94 % at 20, at 100 and at
+    500 samples whatever is lost and gained (94.9, 94.05 and 94.5 % at the worst; 93.8 % at 50; 95 to 97 % on average).
 
     Parameters
     ----------
@@ -82,6 +86,15 @@ def tango(lost: int, gained: int, samples: int, confidence: float = 0.95) -> Int
     -------
     Interval
         Of 100 (lost - gained) / samples, in points.
+
+    Notes
+    -----
+    The samples on which both agree say nothing about the difference, and are counted only. Newcombe's method 10 also
+    asks in how many of these both are right. For a teacher of 92 % or better ours is at most 8 % wider; for one of 50
+    to 70 % Newcombe's is narrower, by nearly half where few answers change, and pays for that: at 50
+    % it holds 91.5 % (20 samples, 10 % lost), 88.5 % (100, 2 %) and 91.7 % (500, 0.5 %). Where none of 20 samples
+    changes it ends at 9.0 points, though a student that loses 13 in 100 leaves 20 samples unchanged in 6 % of all
+    cases: no interval of that width holds 94 %.
 
     References
     ----------
@@ -186,7 +199,7 @@ def relative_error(
     generator: np.random.Generator,
     draws: int = 1000,
 ) -> Interval:
-    """Return the relative L2 error over all samples with a studentized bootstrap interval of its logarithm.
+    """Return the relative L2 error over all samples with an interval of its logarithm.
 
     Parameters
     ----------
@@ -201,19 +214,20 @@ def relative_error(
     Returns
     -------
     Interval
-        Of sqrt(sum(errors) / sum(sizes)), without unit.
+        Of sqrt(sum(errors) / sum(sizes)), without unit. From 0 to infinity where all rests on one sample.
 
     Notes
     -----
     Errors are skewed, a few samples make most of the sum, and plain percentiles then fall short: of 95 % they hold
-    91 % with 20 samples of moderate skew, where the studentized ones hold 94 %. The interval is never narrower than
-    that of the percentiles, and with fewer than 10 samples it is that one: too narrow, of width zero for one sample,
-    since it never sees an error worse than the worst. Resamples whose teacher is zero throughout say nothing about a
-    ratio and are left out.
+    91 % with 20 samples of moderate skew, where a studentized bootstrap holds 94 %. With fewer than 10 samples, whose
+    resamples never see an error worse than the worst, Student's t takes its place, on the standard error of the
+    jackknife: of 97.5 % its upper end holds 96 to 97 % at 2 to 9 samples of moderate skew, where percentiles hold 57 to
+    86 %. The interval is never narrower than that of the percentiles. Resamples whose teacher is zero throughout say
+    nothing about a ratio and are left out.
 
     References
     ----------
-    .. [1] B. Efron and R. J. Tibshirani, "An Introduction to the Bootstrap", chapters 12 and 13, 1993.
+    .. [1] B. Efron and R. J. Tibshirani, "An Introduction to the Bootstrap", chapters 11 to 13, 1993.
     """
     error, size = np.asarray(errors, np.float64), np.asarray(sizes, np.float64)
     assert error.shape == size.shape and error.ndim == 1 and size.sum() > 0
@@ -221,6 +235,11 @@ def relative_error(
     log, spread = _log_ratio(error[None], size[None])
     if not np.isfinite(log[0]):  # no error at all
         return Interval(value, value, value, confidence, "bootstrap")
+    if len(error) < FEW:
+        # Away from the value by so many standard errors, or by all that can be where one sample bears the whole.
+        away = _student(confidence, len(error) - 1) * _jackknife(error, size) if len(error) > 1 else math.inf
+        if not away < math.log(_ENDLESS):
+            return Interval(value, 0.0, math.inf, confidence, "jackknife")
     step, parts = max(1, _NUMBERS // len(error)), list[Array]()
     for start in range(0, draws, step):
         rows = generator.integers(0, len(error), (min(step, draws - start), len(error)))
@@ -229,8 +248,11 @@ def relative_error(
     ends = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     some = ~np.isnan(logs)
     low, high = np.quantile(np.exp(logs[some]), ends) if some.any() else (value, value)
+    if len(error) < FEW:
+        low, high = min(low, value * math.exp(-away)), max(high, value * math.exp(away))
+        return Interval(value, float(low), float(high), confidence, "jackknife")
     sure = np.isfinite(logs) & (spreads > 0)
-    if len(error) >= _FEW and sure.any():
+    if sure.any():
         above, below = np.quantile((logs[sure] - log[0]) / spreads[sure], ends)
         low = min(low, math.exp(log[0] - below * spread[0]))
         high = max(high, math.exp(log[0] - above * spread[0]))
@@ -260,6 +282,34 @@ def smallest_drop(samples: int, confidence: float = 0.95) -> float | None:
     return 100 * fewest / samples if fewest <= samples else None
 
 
+def ratio_band(first: Array, second: Array) -> Interval:
+    """Return the ratio of two medians of times that were measured in turns, with the band that noise leaves.
+
+    The rounds are cut into ten spans of time, each with a ratio of its own medians. The true one lies between the
+    second smallest and the second largest of ten with 97.9 % confidence, whatever the noise is like; between the
+    smallest and the largest of six with 96.9 %, of three with 75 %.
+
+    Parameters
+    ----------
+    first, second : ndarray, shape (rounds,)
+        Milliseconds of the one and of the other in the same rounds.
+
+    Returns
+    -------
+    Interval
+        Of second over first.
+    """
+    pairs = np.array_split(np.stack([first, second]), min(_SPANS, len(first)), axis=1)
+    ratios = sorted(float(np.median(span[1]) / np.median(span[0])) for span in pairs)
+    trim = 1 if len(ratios) == _SPANS else 0
+    value = float(np.median(second) / np.median(first))
+    # The ratio of all may fall just outside of that of the parts.
+    low, high = min(value, ratios[trim]), max(value, ratios[-1 - trim])
+    # Outside lie the chances of as many heads or fewer, and of as many tails, in so many throws of a coin.
+    missed = 2 * sum(math.comb(len(ratios), heads) for heads in range(trim + 1)) / 2 ** len(ratios)
+    return Interval(value, low, high, max(0.0, 1 - missed), "spans")
+
+
 def _log_ratio(errors: Array, sizes: Array) -> tuple[Array, Array]:
     """Return for each row the logarithm of the relative error, and its standard error by the delta method.
 
@@ -270,6 +320,36 @@ def _log_ratio(errors: Array, sizes: Array) -> tuple[Array, Array]:
         ratio = np.where(whole > 0, total / whole, np.nan)
         gap = np.sqrt(np.sum((errors - ratio[:, None] * sizes) ** 2, axis=1))
         return np.log(ratio) / 2, gap / (2 * total)
+
+
+def _jackknife(errors: Array, sizes: Array) -> float:
+    """Return the standard error of the logarithm, from what is left without each sample; inf where nothing is."""
+    others = 1 - np.eye(len(errors))
+    error, size = others @ errors, others @ sizes
+    if not (error > 0).all() or not (size > 0).all():
+        return math.inf
+    logs = np.log(error / size) / 2
+    return math.sqrt((len(logs) - 1) * float(logs.var()))
+
+
+def _student(confidence: float, freedom: int) -> float:
+    """Return how many standard errors hold the confidence on both sides, for so many degrees of freedom.
+
+    By the finite sums of Student's distribution (Abramowitz and Stegun, 26.7.3 and 26.7.4), in the angle whose tangent
+    is t / sqrt(freedom).
+    """
+
+    def missing(angle: float) -> float:
+        odd, cosine = freedom % 2, math.cos(angle)
+        term = cosine if odd else 1.0
+        total = 0.0
+        for step in range(freedom // 2):
+            total += term
+            term *= cosine**2 * (2 * step + 1 + odd) / (2 * step + 2 + odd)
+        total *= math.sin(angle)
+        return confidence - (2 / math.pi * (angle + total) if odd else total)
+
+    return math.sqrt(freedom) * math.tan(_crossing(missing, 0.0, math.pi / 2))
 
 
 def _variance(lost: int, gained: int, samples: int, difference: float) -> float:

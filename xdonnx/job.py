@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,25 @@ from xdonnx.augment import VIEWS, widened
 from xdonnx.budget import KINDS, Budget, Plan, candidates, make_plan, pattern_of
 from xdonnx.convert import Program, checked, convert
 from xdonnx.devices import usable_device
-from xdonnx.draw import unseen
 from xdonnx.errors import JobError, ShotsError, VerifyError, did_you_mean
-from xdonnx.events import Event, Log, ignore
+from xdonnx.events import Event, Log, ignore, legible
 from xdonnx.fidelity import compare, fixed_batch
-from xdonnx.gate import Gate, of_a_job
+from xdonnx.gate import Gate, heavy_loss, of_a_job
 from xdonnx.graph import Net, read_net
 from xdonnx.images import Preprocess
 from xdonnx.methods import make
 from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.mistakes import mistake
-from xdonnx.model import Port, file_bytes, fingerprint, interface, read_proto, sized, write_proto
+from xdonnx.model import Port, fingerprint, interface, read_proto, sized, write_proto
 from xdonnx.patch import Patch, cut, masked
 from xdonnx.paths import check_student, rejected_path
 from xdonnx.planfile import plan_of, read_planfile
 from xdonnx.preprocessing import check_samples
-from xdonnx.report import Fidelity, FileInfo, LayerResult, Report, tool
+from xdonnx.report import Fidelity, LayerResult, Report, tool
 from xdonnx.runtime import open_session
-from xdonnx.shots import Shots, Unread, list_shots, split, synthetic
-from xdonnx.verification import check_interface, verify
+from xdonnx.samples import Request, apart, fraction
+from xdonnx.shots import Shots, Unread
+from xdonnx.verification import check_asked, check_interface, file_facts, verify
 from xdonnx.walk import affordable, chunked
 
 DEFAULT_TARGET = ("macs", 0.5)
@@ -144,6 +144,10 @@ class Job(BaseModel):
             raise JobError(f"--structure {self.structure} needs a target.\n  Pass --keep 0.1 or --params 30%.")
         kind, amount = next(iter(given.items())) if given else (("keep", 0.5) if pattern else DEFAULT_TARGET)
         return Budget(kind, amount, self.structure, self.include, self.exclude, self.round_to, self.residual)
+
+    def asked(self) -> Request:
+        """Return which samples are wanted."""
+        return Request(**{field.name: getattr(self, field.name) for field in fields(Request)})
 
     def target(self) -> str:
         """Return the target in a few words."""
@@ -299,30 +303,17 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader |
     proto = read_proto(job.model)
     session = open_session(job.model)
     ports = sized(interface(proto).inputs, job.input_shape)
-    whole, held = read(ports, log) if read else _read_shots(job, ports, log)
-    fit, held_out = split(whole, per_class=job.per_class, max_shots=job.max_shots, holdout=held, seed=job.seed)
+    asked = job.asked()
+    whole, held = (read or asked.read)(ports, log)
+    fit, held_out = apart(whole, held, asked, log=log)
     if isinstance(whole, Unread):
         check_samples(proto, session, ports, whole, job.preprocess, log)
-    if held != 0.0:
-        judging = unseen(held_out, fit)
-        if not len(judging):
-            raise ShotsError(
-                f"all {len(held_out)} held-out samples are also among those that fit, so they cannot judge.\n"
-                "  Hold out others, or pass --holdout 0 to judge on those that fit and say so."
-            )
-        if len(judging) < len(held_out):
-            many = len(held_out) - len(judging)
-            log(Event("shots", f"{many} held-out samples are also among those that fit: left out.", level="warning"))
-        held_out = judging
     for method in methods:
         if getattr(method, "labelled", False) and fit.labels is None:
             raise ShotsError(
                 "a method of this job learns from labels, and the samples have none.\n"
                 "  Pass --labels FILE, or folders named by class; --method cross --method tune needs no labels."
             )
-    # Reading the shots has warned of the first five by name.
-    for name in whole.skipped[5:]:
-        log(Event("shots", f"left out, unreadable: {name}", level="warning"))
     sizes = {**{name: array.shape for name, array in fit.inputs.items()}, **job.input_shape}
     net = read_net(proto, sizes)
     plan = plan_of(job.plan, net, fingerprint(job.model)) if job.plan else make_plan(net, budget)
@@ -333,31 +324,9 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader |
                 f"the graph takes {batch} samples at once, and {len(part)} {does}.\n"
                 "  Give more samples, or export the model with a free batch axis."
             )
+    # All of them, not only those drawn: one label beyond the classes means that they are numbered otherwise.
+    check_asked(session, fit, job.gate, [part.labels for part in (whole, held) if not isinstance(part, float)])
     return Prepared(net, fit, held_out, plan, device)
-
-
-def _read_shots(job: Job, ports: Sequence[Port], log: Log) -> tuple[Shots | Unread, float | Shots]:
-    if job.synthetic_shots is not None:
-        if job.shots:
-            raise JobError("--shots and --synthetic-shots are both given.\n  Leave the random ones out.")
-        log(Event("shots", "samples are random noise: what is measured on them says little.", level="warning"))
-        noise = synthetic(ports, job.synthetic_shots, np.random.default_rng(job.seed))
-        return noise, _fraction(job.holdout) or 0.0
-    if not job.shots:
-        raise JobError("no samples.\n  Pass --shots PATH: a folder of images, an .npz or an .npy.")
-    whole = list_shots(job.shots, ports, job.preprocess, labels=job.labels, skip_bad=job.skip_bad, log=log)
-    fraction = _fraction(job.holdout)
-    if fraction is not None:
-        return whole, fraction
-    others = list_shots([job.holdout], ports, job.preprocess, skip_bad=job.skip_bad, log=log)
-    return whole, others.stream(np.arange(len(others)))
-
-
-def _fraction(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _stamp(student: onnx.ModelProto, job: Job, net: Net) -> None:
@@ -390,7 +359,7 @@ def _judge_and_write(
     command: str,
     log: Log,
 ) -> Report:
-    with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=f".{job.out.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=f".{legible(job.out.name)}.") as folder:
         candidate = Path(folder) / job.out.name
         write_proto(student, candidate, external=job.external_data)
         heard: list[str] = []
@@ -400,7 +369,7 @@ def _judge_and_write(
                 heard.append(event.text)
             log(event)
 
-        held_out = _fraction(job.holdout) != 0.0
+        held_out = fraction(job.holdout) != 0.0
         how: dict[str, Any] = {"device": ready.device, "held_out": held_out, "log": note}
         fidelity = compare(
             job.model,
@@ -420,7 +389,7 @@ def _judge_and_write(
             of_a_job(job.gate, job.structure),
             seed=job.seed,
             command=command,
-            job=job.model_dump(mode="json", fallback=str),
+            job=job.model_dump(),
             fitted=ready.fit if held_out else None,
             shots_path=", ".join(job.shots) or "synthetic",
             known=fidelity,
@@ -430,13 +399,14 @@ def _judge_and_write(
             raise VerifyError("; ".join(report.reasons))
         out = job.out if report.exit_code == 0 else rejected_path(job.out)
         write_proto(student, out, external=job.external_data)
-    written = FileInfo(path=str(out), sha256=fingerprint(out), bytes=file_bytes(out))
+    written = file_facts(out)
+    loss = heavy_loss(report.fidelity, [result.name for result in report.gates])
     return report.model_copy(
         update={
             "files": report.files.model_copy(update={"student": written}),
             "layers": tuple(layers),
             "fit_samples": len(ready.fit),
-            "warnings": tuple(dict.fromkeys((*warnings, *heard, *report.warnings))),
+            "warnings": tuple(dict.fromkeys((*loss, *warnings, *heard, *report.warnings))),
             "started": started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now().astimezone() - started).total_seconds(), 3),
         }

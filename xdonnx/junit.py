@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from xml.etree import ElementTree as Tree
 
-from xdonnx.report import GateResult, InterfaceCheck, Report, gate_line, interval_line, shown
+from xdonnx.report import GateResult, InterfaceCheck, Report, gate_figures, gate_line, interval_line, judged_by
 
 # What XML 1.0 cannot hold, not even escaped.
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -68,12 +68,8 @@ def _gates(report: Report) -> list[Tree.Element]:
 
 
 def _gate_text(report: Report, gate: GateResult) -> str:
-    lines = [
-        gate_line(gate),
-        f"value: {shown(gate.value, gate.unit)}",
-        f"judged: {shown(gate.bound, gate.unit)}",
-        f"limit: {shown(gate.limit, gate.unit, exact=True)}",
-    ]
+    value, _, limit = gate_figures(gate)
+    lines = [gate_line(gate), f"value: {value}", f"judged: {judged_by(gate)}", f"limit: {limit}"]
     interval = interval_line(report, gate.name)
     return "\n".join([*lines, *([f"interval: {interval}"] if interval else [])])
 

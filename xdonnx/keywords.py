@@ -26,7 +26,7 @@ class SharedOptions(TypedDict, total=False):
     labels : path or (n,) integers
         Classes of the samples, where they do not come with them.
     per_class, max_shots : int
-        Draw so many, of each class or in all. An iterable is not asked for more.
+        Draw so many, of each class or in all. An iterable without a length is not asked for more.
     holdout : float, path or samples
         Those that judge: a fraction, or others. Default: 0.2 for `compress`; all are for `verify`.
     skip_bad : bool

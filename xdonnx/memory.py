@@ -1,9 +1,8 @@
-"""Samples that Python holds, an array, a dictionary of them, or what yields batches, into shots."""
+"""Samples that Python holds: an array, a dictionary of them, or what yields batches, ready to be drawn from."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,8 +12,9 @@ from numpy.typing import NDArray
 from xdonnx.errors import ShotsError
 from xdonnx.events import Event, Log, ignore
 from xdonnx.feeds import conform, wants
-from xdonnx.images import Preprocess
-from xdonnx.shots import Shots, check_varied, fill
+from xdonnx.images import Preprocess, upright
+from xdonnx.rows import Numbers, Pixels, Source, of_array
+from xdonnx.shots import Part, Shots, Unread, check_varied
 from xdonnx.sources import check_labels, some
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ Held: TypeAlias = Shots | Mapping[str, Any] | Iterable[Any]
 
 # An endless loader has to end somewhere, and 50,000 photographs must not fill the memory.
 MOST_ROWS, MOST_BYTES = 50_000, 1 << 30
+# Progress is told so often in one pass.
+_TICKS = 200
 _LABELS = ("labels", "label")
 
 
@@ -36,6 +38,25 @@ class _Batch:
     arrays: dict[str, Array]
     labels: Array | None
 
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def first(self, count: int) -> _Batch:
+        labels = None if self.labels is None else self.labels[:count]
+        return _Batch({name: array[:count] for name, array in self.arrays.items()}, labels)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one item gave: its place among the items, its rows as they will be read, and their classes."""
+
+    place: int
+    sources: dict[str, Source]
+    labels: Array | None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.sources.values())))
+
 
 def gather(
     held: Held,
@@ -44,12 +65,13 @@ def gather(
     *,
     labels: Any = None,
     most: int | None = None,
+    seed: int = 0,
     log: Log = ignore,
-) -> Shots:
-    """Return samples that Python holds as the graph takes them.
+) -> Shots | Unread:
+    """Return samples that Python holds, to be drawn from and read as the graph takes them.
 
     uint8 arrays and Pillow images, for an input that takes images, are preprocessed; floating arrays are taken as
-    they are, so a loader's transforms stay in force.
+    they are, so a loader's transforms stay in force. Pixels stay uint8 until they are used.
 
     Parameters
     ----------
@@ -61,33 +83,47 @@ def gather(
     preprocess : Preprocess
         How pixels become numbers.
     labels : (n,) integers, optional
-        Win over those that come with the samples.
+        Win over those that come with the samples, in the order in which these come.
     most : int, optional
-        How many samples to take of an iterable, which is not asked for more. Default: 50,000 or one GiB, with a
+        How many samples to take of an iterable without a length, which is not asked for more. One that has a length
+        is read whole, so that the draw has all to choose from. Either ends with 50,000 samples or one GiB, with a
         warning where that is not all.
+    seed : int
+        Of the choice of those that are taken, where that is not all and they can be asked for by place.
     log : Log
         Told of progress in the stage 'shots'.
+
+    Returns
+    -------
+    Shots or Unread
+        The shots that were given, or what is still to be drawn from.
 
     Raises
     ------
     ShotsError
-        No samples; or they are of another shape, constant, not finite or wrongly labelled.
+        No samples; or they are of another shape, not finite or wrongly labelled.
     """
     what = described(held)
+    given = None if labels is None else as_array(labels)
     if isinstance(held, Shots):
         found = _conformed(held, ports, preprocess, what)
+        if given is not None:
+            found = replace(found, labels=check_labels(given, len(found), "labels"), classes=None)
+        check_varied(found, log)
+        return found
+    # Labels that come apart are in the order of the samples, so that then is the order of reading too.
+    generator = np.random.default_rng(seed) if given is None else None
+    pieces, whole, names = _pieces(held, ports, preprocess, most, generator, log)
+    if not pieces:
+        raise ShotsError(f"{what} yields no samples.\n  A generator that was read before is empty: make it anew.")
+    count = sum(map(len, pieces))
+    if given is not None:
+        known: Array | None = check_labels(given if whole else given[:count], count, "labels")
     else:
-        batches = _batches(held, ports, most, what, log)
-        pieces = [_filled(batch, ports, preprocess, what) for batch in batches]
-        if not pieces:
-            raise ShotsError(f"{what} yields no samples.\n  A generator that was read before is empty: make it anew.")
-        found = _joined(pieces, what)
-    if labels is not None:
-        found = replace(found, labels=check_labels(as_array(labels), len(found), "labels"), classes=None)
-    check_varied(found, log)
-    known = "" if found.labels is None else f", {len(np.unique(found.labels))} classes"
-    log(Event("shots", f"{len(found)} shots{known}", len(found), len(found)))
-    return found
+        known = _labels_of(pieces, what)
+    joined = {port.name: _joined([piece.sources[port.name] for piece in pieces], what) for port in ports}
+    ids = names(pieces)
+    return Unread((Part(what, joined, ids, known),), np.arange(count), known, ids, None, (), log)
 
 
 def described(held: object) -> str:
@@ -112,34 +148,68 @@ def as_array(value: Any) -> Array:
     return found
 
 
-def _batches(held: Any, ports: Sequence[Port], most: int | None, what: str, log: Log) -> Iterator[_Batch]:
-    """Yield what an iterable gives until that is enough; whole arrays are one batch."""
+def _pieces(
+    held: Any, ports: Sequence[Port], preprocess: Preprocess, most: int | None, generator: Any, log: Log
+) -> tuple[list[_Piece], bool, Callable[[Sequence[_Piece]], tuple[str, ...]]]:
+    """Read until that is enough; return what there was, whether that is all, and what names the rows."""
+    what, count = described(held), _length(held)
     if isinstance(held, (Mapping, tuple)) or hasattr(held, "__array__"):
-        yield _batch(held, ports, what, whole=True)
-        return
-    if not isinstance(held, Iterable) and hasattr(held, "__getitem__") and hasattr(held, "__len__"):
-        # Torch's datasets can be indexed and no more.
-        held = map(held.__getitem__, range(len(held)))
-    if not isinstance(held, Iterable):
-        raise ShotsError(f"{what} holds no samples.\n  Give arrays, a dictionary of them, a loader, or a path.")
-    rows = size = 0
-    for item in held:
-        batch = _batch(item, ports, what, whole=False)
-        count = len(next(iter(batch.arrays.values())))
-        room = (most or MOST_ROWS) - rows
-        yield batch if count <= room else _first(batch, room)
-        rows += min(count, room)
-        size += sum(array.nbytes for array in batch.arrays.values())
-        log(Event("shots", "", rows, most or 0))
-        if rows >= (most or MOST_ROWS):
-            break
-        if size >= MOST_BYTES:
-            break
+        batch = _batch(held, ports, what, whole=True)
+        arrays = {port.name: of_array(batch.arrays[port.name], port, preprocess, what) for port in ports}
+        return [_Piece(0, arrays, batch.labels)], True, _numbered
+    placed = count is not None and (isinstance(held, Sequence) or not isinstance(held, Iterable))
+    shuffled = placed and generator is not None
+    if placed:
+        # Torch's datasets can be indexed and no more. In random order those that are taken stand for all.
+        places = generator.permutation(count) if shuffled else range(count or 0)
+        items: Iterable[tuple[int, Any]] = ((int(at), held[int(at)]) for at in places)
+    elif isinstance(held, Iterable):
+        items = enumerate(held)
     else:
-        return
-    if most is None or rows < most:
-        text = f"{what}: its first {rows} samples are taken; max_shots says how many to take instead"
-        log(Event("shots", text, level="warning"))
+        raise ShotsError(f"{what} holds no samples.\n  Give arrays, a dictionary of them, a loader, or a path.")
+    limit = max(most or 0, MOST_ROWS) if count is not None else most or MOST_ROWS
+    found: list[_Piece] = []
+    rows = size = 0
+    step = max(1, (count or 0) // _TICKS)
+    for place, item in items:
+        batch = _batch(item, ports, what, whole=False).first(limit - rows)
+        sources = {port.name: _fitted(batch.arrays[port.name], port, preprocess, what) for port in ports}
+        found.append(_Piece(place, sources, batch.labels))
+        rows += len(batch)
+        size += sum(_bytes(source) for source in sources.values())
+        if len(found) % step == 0:
+            log(Event("shots", "", *((rows, most or 0) if count is None else (len(found), count))))
+        if rows >= limit or size >= MOST_BYTES:
+            break
+    # Of what has no length nobody knows whether more would have come.
+    whole = len(found) == count if count is not None else rows < limit and size < MOST_BYTES
+    if not whole and (most is None or rows < most or count is not None):
+        taken = f"{rows} of its samples, drawn at random," if shuffled else f"its first {rows} samples"
+        hint = "; max_shots says how many to take instead" if most is None else ""
+        log(Event("shots", f"{what}: {taken} are taken{hint}", level="warning"))
+    found.sort(key=lambda piece: piece.place)
+    return found, whole, _placed if shuffled and not whole else _numbered
+
+
+def _length(held: Any) -> int | None:
+    """Return how many items there are, None where nobody knows: a loader of a stream has a length that raises."""
+    try:
+        return len(held)
+    except TypeError:
+        return None
+
+
+def _numbered(pieces: Sequence[_Piece]) -> tuple[str, ...]:
+    return tuple(f"sample {row}" for row in range(sum(map(len, pieces))))
+
+
+def _placed(pieces: Sequence[_Piece]) -> tuple[str, ...]:
+    """Return names by the places of items, of which some were left out."""
+    found: list[str] = []
+    for piece in pieces:
+        single = len(piece) == 1
+        found += [f"sample {piece.place}" if single else f"item {piece.place}[{row}]" for row in range(len(piece))]
+    return tuple(found)
 
 
 def _batch(item: Any, ports: Sequence[Port], what: str, *, whole: bool) -> _Batch:
@@ -150,7 +220,7 @@ def _batch(item: Any, ports: Sequence[Port], what: str, *, whole: bool) -> _Batc
     for port in ports:
         value = parts[port.name]
         picture = hasattr(value, "getbands")
-        array = _pixels(value) if picture else as_array(value)
+        array = _pixels(value, what) if picture else as_array(value)
         if not array.ndim:
             raise ShotsError(f"{what} gives single numbers for input '{port.name}'.\n  Give arrays of samples.")
         # Without a label to tell, a sample of one axis less than the input is a single one.
@@ -203,41 +273,60 @@ def _lacks_an_axis(array: Array, port: Port, *, whole: bool) -> bool:
     return array.shape[0] in first or array.shape[2] in (1, 3)
 
 
-def _pixels(image: Any) -> Array:
-    """Return the pixels of a Pillow image, (h, w) or (h, w, 3)."""
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-        raise ShotsError(f"an image of mode '{image.mode}' has no 8 bits a channel.\n  Convert it: .convert('RGB').")
-    # Straight to RGB, Pillow warns of palettes with transparency.
-    upright = image.convert("RGBA") if image.mode == "P" else image
-    return np.asarray(upright.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+def _pixels(image: Any, what: str) -> Array:
+    """Return the pixels of a Pillow image, upright, (h, w) or (h, w, 3)."""
+    try:
+        found = upright(image)
+    except Exception as error:  # decoders let out whatever they trip over
+        raise ShotsError(f"an image of {what} cannot be used: {error}.\n  Mend it or leave it out.") from error
+    return np.asarray(found.convert("L" if found.mode in ("1", "L", "LA") else "RGB"))
 
 
-def _first(batch: _Batch, count: int) -> _Batch:
-    labels = None if batch.labels is None else batch.labels[:count]
-    return _Batch({name: array[:count] for name, array in batch.arrays.items()}, labels)
+def _fitted(array: Array, port: Port, preprocess: Preprocess, what: str) -> Source:
+    """Return the rows of one item, pixels at their final size: photographs of all items are never held at once."""
+    source = of_array(array, port, preprocess, what)
+    if not isinstance(source, Pixels):
+        return source
+    return replace(source, images=source.pixels(np.arange(len(source))), preprocess=_unsized(preprocess))
 
 
-def _filled(batch: _Batch, ports: Sequence[Port], preprocess: Preprocess, what: str) -> _Batch:
-    """Preprocess batch by batch, so that the pixels of all are never held at once."""
-    return replace(batch, arrays={port.name: fill(batch.arrays[port.name], port, preprocess, what) for port in ports})
+def _unsized(preprocess: Preprocess) -> Preprocess:
+    return replace(preprocess, resize=None, crop=None)
 
 
-def _joined(pieces: Sequence[_Batch], what: str) -> Shots:
+def _bytes(source: Source) -> int:
+    values = source.images if isinstance(source, Pixels) else source.values if isinstance(source, Numbers) else None
+    return 0 if values is None else values.nbytes
+
+
+def _joined(sources: Sequence[Source], what: str) -> Source:
+    """Return the rows of all items as one source."""
+    first = sources[0]
+    if len(sources) == 1:
+        return first
+    pixels = [source.images for source in sources if isinstance(source, Pixels)]
+    if isinstance(first, Pixels) and len(pixels) == len(sources):
+        if len({array.shape[3] for array in pixels}) > 1:
+            pixels = [np.broadcast_to(array, (*array.shape[:3], 3)) for array in pixels]
+        return replace(first, images=_concatenated(pixels, what))
+    return Numbers(_concatenated([source.read(np.arange(len(source))) for source in sources], what))
+
+
+def _concatenated(arrays: Sequence[Array], what: str) -> Array:
+    sizes = sorted({array.shape[1:] for array in arrays})
+    if len(sizes) > 1:
+        shapes = " and ".join(map(str, sizes[:2]))
+        raise ShotsError(
+            f"the samples of {what} differ in size: {shapes}.\n  Give preset options resize and crop, or one size."
+        )
+    return np.concatenate(arrays)
+
+
+def _labels_of(pieces: Sequence[_Piece], what: str) -> Array | None:
     labels = [piece.labels for piece in pieces if piece.labels is not None]
     if labels and len(labels) < len(pieces):
         raise ShotsError(f"{what} labels some of its batches and not others.\n  Give labels to all or to none.")
-    inputs: dict[str, Array] = {}
-    for name in pieces[0].arrays:
-        arrays = [piece.arrays[name] for piece in pieces]
-        sizes = {array.shape[1:] for array in arrays}
-        if len(sizes) > 1:
-            shapes = " and ".join(str(size) for size in itertools.islice(sizes, 2))
-            raise ShotsError(
-                f"the samples of {what} differ in size: {shapes}.\n  Give preset options resize and crop, or one size."
-            )
-        inputs[name] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    count = len(next(iter(inputs.values())))
-    return Shots(inputs, np.concatenate(labels) if labels else None, tuple(f"sample {row}" for row in range(count)))
+    return np.concatenate(labels) if labels else None
 
 
 def _conformed(shots: Shots, ports: Sequence[Port], preprocess: Preprocess, what: str) -> Shots:

@@ -16,6 +16,8 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import numpy_helper
 
 from xdonnx.errors import JobError, MachineError, ModelError
+from xdonnx.events import legible
+from xdonnx.files import unfetched
 
 if TYPE_CHECKING:
     # With sympy behind it, it costs a third of a second, which those who only read and compare need not pay.
@@ -25,6 +27,9 @@ Dim = int | str | None
 
 # Above this a protobuf message cannot be serialized, so weights must live beside the file.
 PROTOBUF_LIMIT = 2 * 1024**3 - 64 * 1024
+
+_TORCH = frozenset((".pt", ".pth", ".ckpt"))
+_AGAIN = "  Export or download it again."
 
 
 @dataclass(frozen=True)
@@ -69,15 +74,15 @@ def read_proto(path: str | Path) -> onnx.ModelProto:
         The file is missing, not ONNX, truncated, invalid, or its external data is missing.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"no model at '{path}'.\n  Check the path; MODEL is one .onnx file.")
+    check_file(path)
     try:
         proto = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise ModelError(f"'{path}' cannot be read: {error.strerror}.\n  Look at its permissions.") from error
     except (DecodeError, ValueError) as error:
-        raise ModelError(
-            f"'{path}' is not an ONNX file, or it is cut short ({path.stat().st_size} bytes).\n"
-            "  Export or download it again."
-        ) from error
+        hint = "  It looks like PyTorch: torch.onnx.export makes ONNX of it." if path.suffix in _TORCH else _AGAIN
+        what = f"'{path}' is not an ONNX file, or it is cut short ({path.stat().st_size} bytes)."
+        raise ModelError(f"{what}\n{hint}") from error
     if not proto.graph.node:
         raise ModelError(f"'{path}' holds no ONNX graph with nodes.\n  Is it the right file?")
     for tensor in proto.graph.initializer:
@@ -87,11 +92,18 @@ def read_proto(path: str | Path) -> onnx.ModelProto:
                     f"'{path}' keeps weights in '{entry.value}', which is not beside it.\n"
                     f"  Copy '{entry.value}' into '{path.parent}'."
                 )
+            if entry.key == "location" and (pointer := unfetched(path.parent / entry.value)):
+                raise ModelError(pointer)
     _check_values(path, proto.graph)
     _check_sizes(path, proto)
     try:
-        onnx.checker.check_model(str(path), full_check=False)
+        # By its path, for one of more than 2 GiB; a name that is not UTF-8 onnx does not take.
+        by_path = legible(str(path)) == str(path)
+        if by_path:
+            onnx.checker.check_model(str(path), full_check=False)
         onnx.load_external_data_for_model(proto, str(path.parent))
+        if not by_path and not _too_large(proto):
+            onnx.checker.check_model(proto, full_check=False)
     except onnx.checker.ValidationError as error:
         raise ModelError(f"'{path}' is not a valid ONNX model.\n  {_first_line(error)}") from error
     except (OSError, ValueError) as error:
@@ -100,6 +112,16 @@ def read_proto(path: str | Path) -> onnx.ModelProto:
         ) from error
     _densify(proto)
     return proto
+
+
+def check_file(path: Path) -> None:
+    """Raise ModelError where no model can be read from there, without reading it."""
+    if path.is_dir():
+        raise ModelError(f"'{path}' is a folder, and MODEL is one .onnx file.\n  Name the file in it.")
+    if not path.is_file():
+        raise ModelError(f"no model at '{path}'.\n  Check the path; MODEL is one .onnx file.")
+    if pointer := unfetched(path):
+        raise ModelError(pointer)
 
 
 def _check_values(path: Path, graph: onnx.GraphProto) -> None:
@@ -246,7 +268,7 @@ def write_proto(proto: onnx.ModelProto, path: str | Path, *, external: str = "au
     MachineError
         The disk is full or the folder cannot be written.
     JobError
-        The weights were to stay inside, but the file would pass the limit.
+        The weights were to stay inside, but the file would pass the limit; or they cannot lie outside.
     """
     path = Path(path)
     too_large = _too_large(proto)
@@ -255,9 +277,13 @@ def write_proto(proto: onnx.ModelProto, path: str | Path, *, external: str = "au
             f"'{path}' would pass protobuf's limit of 2 GiB.\n  Let the weights lie beside it: --external-data auto."
         )
     outside = external == "always" or (external == "auto" and too_large)
+    if outside:
+        check_beside(path)
+    # Of a name that is not UTF-8 onnx makes no weights, and no folder of it.
+    name = legible(path.name)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            draft = Path(folder) / path.name
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}.") as folder:
+            draft = Path(folder) / name
             if outside:
                 copy = onnx.ModelProto()
                 copy.CopyFrom(proto)
@@ -265,19 +291,32 @@ def write_proto(proto: onnx.ModelProto, path: str | Path, *, external: str = "au
                     copy,
                     draft,
                     save_as_external_data=True,
-                    location=f"{path.name}.data",
+                    location=data_path(path).name,
                     size_threshold=1024,
                 )
-                data = draft.with_name(f"{path.name}.data")
+                data = data_path(draft)
                 if data.exists():
                     # onnx makes this file readable by its owner alone, unlike the model.
                     data.chmod(draft.stat().st_mode)
-                    os.replace(data, path.with_name(data.name))
+                    os.replace(data, data_path(path))
             else:
                 onnx.save(proto, draft)
             os.replace(draft, path)
     except OSError as error:
         raise MachineError(f"cannot write '{path}': {error}.\n  Free space or choose another folder.") from error
+
+
+def check_beside(path: str | Path) -> None:
+    """Raise JobError where weights cannot lie beside a file: onnx writes only into folders whose names are UTF-8."""
+    folder = str(Path(path).parent)
+    if legible(folder) != folder:
+        raise JobError(f"weights cannot lie beside '{path}': its folder's name is not UTF-8.\n  Name another folder.")
+
+
+def data_path(path: str | Path) -> Path:
+    """Return where the weights of a file lie that lie beside it; named in the file, and so in UTF-8."""
+    path = Path(path)
+    return path.with_name(f"{legible(path.name)}.data")
 
 
 def fingerprint(path: str | Path) -> str:

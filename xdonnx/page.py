@@ -17,10 +17,12 @@ from xdonnx.report import (
     LayerResult,
     Report,
     WorstShot,
+    gate_figures,
     gate_line,
     gist,
     interval_line,
-    shown,
+    judged_by,
+    preset_of,
 )
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -123,14 +125,15 @@ def _gate(report: Report, gate: GateResult) -> dict[str, Any]:
     tone, word = ("passed", "passed") if gate.passed else ("failed", "failed")
     if not gate.passed and gate.level == "warn":
         tone, word = "warning", "warning"
+    value, _, limit = gate_figures(gate)
     return {
         "name": gate.name,
         "tone": tone,
         "word": word,
         "line": gate_line(gate),
-        "value": shown(gate.value, gate.unit),
-        "bound": shown(gate.bound, gate.unit),
-        "limit": shown(gate.limit, gate.unit, exact=True),
+        "value": value,
+        "bound": judged_by(gate),
+        "limit": limit,
         "interval": interval_line(report, gate.name),
         "range": _range(report, gate),
     }
@@ -308,6 +311,5 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "made by", f"xdonnx {report.tool.version}"
     yield "with", ", ".join(f"{name} {version}" for name, version in versions if version) or "nothing known"
     yield "device, seed", f"{report.device}, {report.seed}"
-    preset = (report.job.get("preprocess") or {}).get("preset") if isinstance(report.job, dict) else None
-    if preset:
+    if preset := preset_of(report):
         yield "preprocessing", f"preset {preset}"

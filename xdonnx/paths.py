@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 
 from xdonnx.errors import JobError, MachineError, did_you_mean
-from xdonnx.model import model_files
+from xdonnx.model import check_beside, data_path, model_files
 
 # When weights lie beside the file.
 EXTERNAL = ("auto", "always", "never")
+# Endings that would tell whoever loads the file something else than that it is ONNX.
+_NOT_ONNX = frozenset((".pt", ".pth", ".ckpt", ".pb", ".tflite", ".h5", ".engine", ".npz", ".npy", ".json", ".toml"))
 
 
 def rejected_path(out: Path) -> Path:
@@ -24,6 +26,8 @@ def report_folder(out: Path, given: Path | None = None) -> Path:
         raise JobError(f"the report cannot go to '{folder}': that is a file.\n  Name a folder: --report-dir DIR.")
     above = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     if not os.access(above, os.W_OK):
+        if given is None:
+            raise MachineError(f"cannot write into '{above}'.\n  Name an OUT in another folder.")
         raise MachineError(f"cannot write the report into '{above}'.\n  Name another folder: --report-dir DIR.")
     return folder
 
@@ -34,9 +38,13 @@ def check_student(out: Path, model: Path, *, force: bool, external: str) -> None
         near = did_you_mean(external, EXTERNAL)
         raise JobError(f"unknown --external-data '{external}'.{near}\n  Choices: {', '.join(EXTERNAL)}.")
     _check_place(out, "student.onnx")
+    if out.suffix in _NOT_ONNX:
+        raise JobError(f"OUT is ONNX, and '{out}' is called {out.suffix}.\n  Name it: -o {out.with_suffix('.onnx')}")
+    if external == "always":
+        check_beside(out)
     # A candidate that fails its gate, and weights kept outside, go to files of their own beside OUT.
     written = [out, rejected_path(out)]
-    written += [path.with_name(f"{path.name}.data") for path in written]
+    written += [data_path(path) for path in written]
     _check_spared(out, written, model)
     _check_free([out, written[2]], force=force)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from xdonnx.errors import MachineError
 from xdonnx.events import Event, Log, ignore
+from xdonnx.files import put
 from xdonnx.junit import junit
 from xdonnx.page import page
 from xdonnx.report import Report
@@ -22,8 +23,16 @@ FORMS: dict[str, Callable[[Report], str]] = {
 }
 
 
-def write_report(report: Report, folder: str | Path, *, log: Log = ignore) -> list[Path]:
+def write_report(report: Report, folder: str | Path | None, *, log: Log = ignore) -> list[Path]:
     """Write the report in every form; append the summary to the file that GITHUB_STEP_SUMMARY names.
+
+    Parameters
+    ----------
+    report : Report
+    folder : path, optional
+        None writes no file, and appends only.
+    log : Log
+        Warned, in the stage 'verify'.
 
     Returns
     -------
@@ -35,13 +44,7 @@ def write_report(report: Report, folder: str | Path, *, log: Log = ignore) -> li
     MachineError
         The folder cannot be written. A step summary that cannot is a warning event only.
     """
-    folder, written = Path(folder), []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in FORMS.items():
-            written.append(put(folder / name, draw(report)))
-    except OSError as error:
-        raise MachineError(f"cannot write the report to '{folder}': {error}.") from error
+    written = [] if folder is None else _write(report, Path(folder))
     step = os.environ.get("GITHUB_STEP_SUMMARY")
     if step:
         try:
@@ -53,14 +56,9 @@ def write_report(report: Report, folder: str | Path, *, log: Log = ignore) -> li
     return written
 
 
-def put(path: Path, text: str) -> Path:
-    """Write a file whole or not at all; raises OSError."""
-    # A name of its own, so that jobs which share a folder never rename each other's halves.
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+def _write(report: Report, folder: Path) -> list[Path]:
     try:
-        # A lone surrogate, as in a file name that is not UTF-8, becomes a question mark rather than an error.
-        draft.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
+        folder.mkdir(parents=True, exist_ok=True)
+        return [put(folder / name, draw(report)) for name, draw in FORMS.items()]
+    except OSError as error:
+        raise MachineError(f"cannot write the report to '{folder}': {error}.") from error

@@ -7,21 +7,27 @@ minor version reads; what a newer one has in addition is passed over.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_jsonable_python
 
 from xdonnx.errors import JobError
+from xdonnx.events import legible
 
-# 1.1 has the worst shots.
+# 1.1 has the worst shots, and says which outputs were not compared.
 SCHEMA_VERSION = "1.1"
 
-# The unit of a gate and the decimals in which it is shown, and therefore compared.
+# The unit of a gate and the decimals in which it is shown, where these suffice to see whether the limit was kept.
 UNITS = {"points": 2, "relative L2": 6, "fraction": 4, "ratio": 3, "bytes": 0, "weights": 0}
+COUNTS = frozenset({"bytes", "weights"})
 # Gates that are limits from below; all others are from above.
 AT_LEAST = frozenset({"min_shrink", "smaller", "removed"})
+
+_NO_BOUND = "no bound"
 
 # A report is written whole or not at all: a key that is not in the schema, or a number that JSON cannot hold,
 # is our mistake. Readers of the schema must live with keys to come, so it does not forbid them.
@@ -62,6 +68,16 @@ class Files(BaseModel):
     shots: FileInfo | None = None
 
 
+class LatencyRatio(BaseModel):
+    """How many times as slow a model is as another, timed in turns with it, and the band that noise leaves."""
+
+    model_config = _STRICT
+    value: float
+    low: float
+    high: float
+    confidence: float
+
+
 class Latency(BaseModel):
     """Milliseconds of one run in onnxruntime, of `batch` samples; `threads` 0 is onnxruntime's own choice."""
 
@@ -73,6 +89,7 @@ class Latency(BaseModel):
     threads: int
     runs: int
     batch: int
+    ratio: LatencyRatio | None = Field(None, description="over the model timed first in the same turns; None for that")
 
 
 class Figures(BaseModel):
@@ -87,7 +104,7 @@ class Figures(BaseModel):
 
 
 class Drop(BaseModel):
-    """Points of accuracy that the student lost; of agreement with the teacher where nothing is labelled."""
+    """Points of accuracy that the student lost; of agreement with the teacher where labels are none or say nothing."""
 
     model_config = _STRICT
     value: float
@@ -96,14 +113,15 @@ class Drop(BaseModel):
     confidence: float
     of: Literal["accuracy", "agreement"]
     method: str
-    lost: int = Field(description="samples only the teacher has right; without labels: where they disagree")
-    gained: int = Field(description="samples only the student has right; without labels: 0")
+    lost: int = Field(description="samples only the teacher has right; of agreement: where they differ")
+    gained: int = Field(description="samples only the student has right; of agreement: 0")
 
 
 class OutputError(BaseModel):
     """How far one output is from the teacher's, over all samples; None where that has no meaning.
 
-    `relative_l2` is the norm of the difference over the norm of the teacher; `low` and `high` bound it.
+    `relative_l2` is the norm of the difference over the norm of the teacher; `low` and `high` bound it, and are None
+    where so few samples bound nothing.
     `agreement`, the percentage of equal elements, is for outputs that are no floating-point numbers.
     """
 
@@ -116,6 +134,11 @@ class OutputError(BaseModel):
     max_abs: float | None
     cosine: float | None
     agreement: float | None = None
+    compared: bool = Field(
+        default=True,
+        description="false where nothing bounds its error: the student's has another length than the teacher's on some "
+        "samples, or it is no tensor",
+    )
 
 
 class Answer(BaseModel):
@@ -163,8 +186,8 @@ class GateResult(BaseModel):
     """One limit and how it was met; value, bound and limit are in `unit`.
 
     `bound` is the number that was compared with `limit`: the value itself, or the end of its interval when a
-    confidence was asked for. Both are rounded as they are shown before they are compared. None is a number
-    without bounds: the teacher's output is zero throughout and the student's is not.
+    confidence was asked for; ten digits of it are compared. None is a number without bounds: the teacher's output is
+    zero throughout and the student's is not, or has another length, or too few samples bound nothing.
     """
 
     model_config = _STRICT
@@ -231,6 +254,17 @@ class Report(BaseModel):
     fit_samples: int | None = Field(None, description="samples that fitted the student; None for two given files")
 
 
+def plain(value: Any) -> Any:
+    """Return what was asked for as a report can hold it: mappings, lists, numbers and legible text."""
+    if isinstance(value, (str, Path)):
+        return legible(str(value))
+    if isinstance(value, Mapping):
+        return {plain(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return to_jsonable_python(value, fallback=str)
+
+
 def tool() -> Tool:
     """Return the versions in use; imports none of the packages."""
 
@@ -252,10 +286,36 @@ def tool() -> Tool:
 
 def gate_line(gate: GateResult) -> str:
     """Say in a line what was measured and what was allowed."""
-    judged = "" if gate.bound == gate.value else f" (bound {shown(gate.bound, gate.unit)})"
+    value, _, limit = gate_figures(gate)
+    judged = "" if gate.bound == gate.value else f" ({judged_by(gate)})"
     word = "at least" if gate.name in AT_LEAST else "at most"
+    return f"{gate.name}: {value}{judged}, allowed {word} {limit}"
+
+
+def judged_by(gate: GateResult) -> str:
+    """Return the number that was compared with the limit, and which end it is where it is that of an interval."""
+    bound = gate_figures(gate)[1]
+    if gate.bound is None or gate.bound == gate.value:
+        return bound
+    # The noise of a latency is granted to the student; what samples leave open is held against it.
+    return f"at least {bound} allowing for noise" if gate.name == "not_slower" else f"may be {bound}"
+
+
+def gate_figures(gate: GateResult) -> tuple[str, str, str]:
+    """Return value, bound and limit as people read them, the bound with decimals enough to see the verdict."""
     limit = shown(gate.limit, gate.unit, exact=True)
-    return f"{gate.name}: {shown(gate.value, gate.unit)}{judged}, allowed {word} {limit}"
+    found = [shown(gate.bound, gate.unit, more=more) for more in range(5)]
+    exact = shown(gate.bound, gate.unit, exact=True)
+    bound = next((text for text in found if _kept(text, limit, gate.name) is gate.passed), exact)
+    return bound if gate.value == gate.bound else shown(gate.value, gate.unit), bound, limit
+
+
+def _kept(bound: str, limit: str, name: str) -> bool:
+    """Whether a limit is kept, by what is written of both."""
+    if bound == _NO_BOUND:
+        return False
+    judged, allowed = (float(text.partition(" ")[0].replace(",", "")) for text in (bound, limit))
+    return judged >= allowed if name in AT_LEAST else judged <= allowed
 
 
 def gist(report: Report) -> str:
@@ -294,15 +354,33 @@ def interval_line(report: Report, gate: str) -> str:
     return ""
 
 
-def shown(number: float | None, unit: str, *, exact: bool = False) -> str:
-    """Return a gate's number as people read it; `exact` for a limit, which nobody rounds."""
+def shown(number: float | None, unit: str, *, exact: bool = False, more: int = 0) -> str:
+    """Return a gate's number as people read it.
+
+    Parameters
+    ----------
+    number : float, optional
+        None has no bound.
+    unit : str
+    exact : bool
+        With ten digits: a limit, which nobody rounds.
+    more : int
+        Decimals beyond those that are usual.
+    """
     if number is None:
-        return "no bound"
+        return _NO_BOUND
     decimals = UNITS.get(unit, 4)
     if unit == "fraction":  # people read per cent; four decimals of a fraction are two of those
         number, decimals, unit = 100 * number, decimals - 2, "%"
-    text = f"{number:.10g}" if exact and decimals else f"{number:,.{decimals}f}"
+    text = f"{number:.10g}" if exact and decimals else f"{number:,.{decimals + more}f}"
     return text if unit == "ratio" else f"{text} {unit}"
+
+
+def preset_of(report: Report) -> str:
+    """Return the preset that prepared the images; nothing where the job names none."""
+    preprocess = report.job.get("preprocess")
+    preset = preprocess.get("preset") if isinstance(preprocess, dict) else None
+    return preset if isinstance(preset, str) else ""
 
 
 def read_report(path: str | Path) -> Report:
@@ -315,16 +393,16 @@ def read_report(path: str | Path) -> Report:
     """
     path = Path(path)
     path = path / "report.json" if path.is_dir() else path
+    hint = "Name the folder or the report.json that compress or verify wrote."
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        hint = "Name the folder or the report.json that compress wrote."
         raise JobError(f"no report at '{path}': {error.strerror}.\n  {hint}") from error
     except ValueError as error:
-        raise JobError(f"'{path}' is no report: it is not JSON ({error}).") from error
+        raise JobError(f"'{path}' is no report: it is not JSON ({error}).\n  {hint}") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(version, str):
-        raise JobError(f"'{path}' is no report: it names no schema_version.")
+        raise JobError(f"'{path}' is no report: it names no schema_version.\n  {hint}")
     if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
         writer = raw.get("tool", {}).get("version", "") if isinstance(raw.get("tool"), dict) else ""
         raise JobError(
@@ -336,7 +414,7 @@ def read_report(path: str | Path) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise JobError(f"'{path}' is damaged: {where}: {first['msg']}.") from error
+        raise JobError(f"'{path}' is damaged: {where}: {first['msg']}.\n  {hint}") from error
 
 
 def schema() -> dict[str, Any]:

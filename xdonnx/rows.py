@@ -28,6 +28,8 @@ KEPT = 1 << 29
 _BATCH = 64
 # Progress is told so often in one pass: a bar needs no more, and a call for each of 50,000 files costs seconds.
 _TICKS = 200
+# Unreadable files that one message names.
+_NAMED = 5
 
 
 class Source(Protocol):
@@ -308,7 +310,7 @@ def rows_of(
 
 
 def unreadable(sources: Iterable[Source], ids: Sequence[str], where: str, log: Log) -> dict[int, str]:
-    """Return {row: reason} of all rows that cannot be read, and warn of them; raises ShotsError where none can."""
+    """Return {row: reason} of all rows that cannot be read, and warn of each; raises ShotsError where none can."""
     bad: dict[int, str] = {}
     for source in sources:
         bad |= source.check(np.arange(len(source)), log)
@@ -317,12 +319,14 @@ def unreadable(sources: Iterable[Source], ids: Sequence[str], where: str, log: L
     if bad:
         text = f"left out {len(bad)} of {len(ids)} images: {_reasons(bad, ids)}"
         log(Event("shots", text, len(ids), len(ids), "warning"))
+        for row in list(bad)[_NAMED:]:
+            log(Event("shots", f"left out, unreadable: '{ids[row]}' ({bad[row]})", level="warning"))
     return bad
 
 
 def _reasons(bad: Mapping[int, str], ids: Sequence[str]) -> str:
-    named = [f"'{ids[row]}' ({reason})" for row, reason in list(bad.items())[:5]]
-    return f"{'; '.join(named)}{f'; and {len(bad) - 5} more' if len(bad) > 5 else ''}"
+    named = [f"'{ids[row]}' ({reason})" for row, reason in list(bad.items())[:_NAMED]]
+    return f"{'; '.join(named)}{f'; and {len(bad) - _NAMED} more' if len(bad) > _NAMED else ''}"
 
 
 def _unusable(bad: Mapping[int, str], ids: Sequence[str], total: int, where: str) -> ShotsError:

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime as ort
 
 from xdonnx.errors import MachineError, ModelError, XdonnxError
+from xdonnx.events import legible
 
 Arrays = dict[str, np.ndarray]
 
@@ -73,6 +74,8 @@ def open_session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     name = f"'{model}'" if isinstance(model, (str, Path)) else "the model"
     try:
+        if isinstance(model, (str, Path)) and legible(str(model)) != str(model):
+            model = onnx.load(model)  # a name that is not UTF-8 onnxruntime does not take
         source = str(model) if isinstance(model, (str, Path)) else model.SerializeToString()
         return ort.InferenceSession(source, options, providers=providers(device))
     except Exception as error:  # onnxruntime's exceptions share no other parent

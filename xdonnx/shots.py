@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xdonnx.draw import draw
-from xdonnx.errors import JobError, ShotsError
+from xdonnx.errors import ShotsError
 from xdonnx.events import Event, Log, ignore
-from xdonnx.feeds import conform, wants
+from xdonnx.feeds import conform
 from xdonnx.images import Preprocess
 from xdonnx.rows import Numbers, Pictures, Rows, Source, image_frame, of_array, rows_of, unreadable
 from xdonnx.sources import (
@@ -21,13 +21,13 @@ from xdonnx.sources import (
     FORMATS,
     assign,
     check_labels,
+    like_pixels,
     list_images,
     load_arrays,
-    load_tensors,
     read_labels,
     some,
-    tensor_folders,
 )
+from xdonnx.tensors import load_tensors, tensor_folders
 
 if TYPE_CHECKING:
     # For the annotations only: reading shots must not cost the import of onnx.
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
 # Bytes of numbers up to which judging samples are held; beyond, they are read batch by batch.
 HELD = 1 << 27
 # Rows that are looked at together.
@@ -86,8 +85,18 @@ class Shots:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """What one source gave: the rows of the inputs that it fills."""
+class Part:
+    """What one source gave: the rows of the inputs that it fills.
+
+    Parameters
+    ----------
+    where : str
+        The source, for messages.
+    sources : dict of str to Source
+        By graph input.
+    ids, labels, classes
+        As of `Shots`, of all rows.
+    """
 
     where: str
     sources: dict[str, Source]
@@ -102,7 +111,7 @@ class Unread:
 
     Parameters
     ----------
-    parts : tuple of _Part
+    parts : tuple of Part
         Where they are read from.
     rows : (n,) int64
         Rows of each part that are samples: those that are not left out.
@@ -112,7 +121,7 @@ class Unread:
         Told of progress in the stage 'shots'.
     """
 
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     rows: Array
     labels: Array | None
     ids: tuple[str, ...]
@@ -197,7 +206,7 @@ def read_shots(
     ports: Sequence[Port],
     preprocess: Preprocess,
     *,
-    labels: Path | None = None,
+    labels: Path | Array | None = None,
     skip_bad: bool = False,
     log: Log = ignore,
 ) -> Shots:
@@ -215,8 +224,8 @@ def read_shots(
         The graph's inputs.
     preprocess : Preprocess
         How pixels become numbers.
-    labels : Path, optional
-        A file of labels, which wins over those that lie with the samples.
+    labels : Path or (n,) integers, optional
+        A file of labels, or one for each row before any is left out; they win over those that lie with the samples.
     skip_bad : bool
         Leave out images that cannot be read, and name them in `skipped`, instead of raising.
     log : Log
@@ -238,7 +247,7 @@ def list_shots(
     ports: Sequence[Port],
     preprocess: Preprocess,
     *,
-    labels: Path | None = None,
+    labels: Path | Array | None = None,
     skip_bad: bool = False,
     log: Log = ignore,
 ) -> Unread:
@@ -253,7 +262,8 @@ def list_shots(
     JobError
         The preprocessing contradicts the graph.
     """
-    parts = tuple(_find(path, mine, preprocess, log) for path, mine in assign(sources, ports))
+    own = labels is None
+    parts = tuple(_find(path, mine, preprocess, log, own=own) for path, mine in assign(sources, ports))
     first = parts[0]
     for part in parts[1:]:
         if len(part.ids) != len(first.ids):
@@ -274,14 +284,20 @@ def list_shots(
         rows=rows,
         labels=None if known is None else known[rows],
         ids=tuple(first.ids[row] for row in rows),
-        classes=next((part.classes for part in parts if part.classes and labels is None), None),
+        classes=next((part.classes for part in parts if part.classes), None),
         skipped=tuple(skipped),
         log=log,
     )
 
 
 def split(
-    shots: Shots | Unread, *, per_class: int | None, max_shots: int | None, holdout: float | Shots, seed: int
+    shots: Shots | Unread,
+    *,
+    per_class: int | None,
+    max_shots: int | None,
+    holdout: float | Shots,
+    seed: int,
+    stream: bool = False,
 ) -> tuple[Shots, Shots]:
     """Split shots into those that fit and those that judge; of those unread, only these are decoded.
 
@@ -293,6 +309,8 @@ def split(
         As of `draw.draw`.
     holdout : float in [0, 1) or Shots
         As of `draw.draw`; or the very shots that judge.
+    stream : bool
+        Whether those that fit, too, are read when used where they are many; for callers that only look at them.
 
     Returns
     -------
@@ -313,44 +331,14 @@ def split(
         raise ShotsError("the shots to hold out are none.\n  Give --holdout a path that holds some.")
     if others is None:
         drawn, held = (drawn, held) if fraction == 0 else (np.setdiff1d(drawn, held), held)
-    fit = shots.take(drawn)
+    fit = shots.stream(drawn) if stream and isinstance(shots, Unread) else shots.take(drawn)
     if others is not None or fraction == 0:
         return fit, others or fit
     return fit, shots.stream(held) if isinstance(shots, Unread) else shots.take(held)
 
 
-def synthetic(ports: Sequence[Port], count: int, generator: np.random.Generator) -> Shots:
-    """Invent shots: standard normal numbers, and uniform ones for an input of uint8 pixels.
-
-    Raises
-    ------
-    ShotsError
-        A size beyond the batch is free, or the type is neither floating nor uint8.
-    JobError
-        `count` is below 1.
-    """
-    if count < 1:
-        raise JobError(f"{count} synthetic shots are none.\n  Ask for at least 1.")
-    inputs: dict[str, Array] = {}
-    for port in ports:
-        sizes = [size for size in port.shape[1:] if isinstance(size, int)] if port.shape else []
-        if port.shape is None or len(sizes) < len(port.shape) - 1:
-            raise ShotsError(
-                f"input '{port.name}' wants {wants(port)}, which leaves the size of synthetic shots open.\n"
-                f"  Pass --input-shape {port.name}:1x3x224x224, with the sizes you need."
-            )
-        if port.dtype == "uint8":
-            inputs[port.name] = generator.integers(0, 256, (count, *sizes), np.uint8)
-        elif port.dtype in _FLOATS:
-            inputs[port.name] = generator.standard_normal((count, *sizes)).astype(port.dtype)
-        else:
-            raise ShotsError(
-                f"input '{port.name}' takes {port.dtype}, which cannot be invented.\n  Give real samples: --shots PATH."
-            )
-    return Shots(inputs, None, tuple(f"synthetic[{row}]" for row in range(count)))
-
-
-def _find(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, log: Log) -> _Part:
+def _find(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, log: Log, *, own: bool) -> Part:
+    """Return what one source gives; `own`: with the labels that lie there."""
     if not path.exists():
         raise ShotsError(f"no shots at '{path}'.\n  Give {FORMATS}.")
     if path.suffix.lower() in ARRAY_SUFFIXES and path.is_file():
@@ -358,9 +346,9 @@ def _find(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, log: Log)
     if folders := tensor_folders(path):
         arrays, ids = load_tensors(path, folders, [port.name for port in ports])
         sources: dict[str, Source] = {
-            port.name: Numbers(conform(arrays[port.name], port, preprocess.layout, str(path))) for port in ports
+            port.name: Numbers(_tested(arrays[port.name], port, preprocess, path)) for port in ports
         }
-        return _Part(str(path), sources, ids)
+        return Part(str(path), sources, ids)
     if len(ports) > 1:
         names = [port.name for port in ports]
         raise ShotsError(
@@ -369,14 +357,21 @@ def _find(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, log: Log)
         )
     (port,) = ports
     wanted = image_frame(port, preprocess)
-    listing = list_images(path)
+    listing = list_images(path, numbered=own)
     if listing.ignored:
         log(Event("shots", f"'{path}': left aside {some(listing.ignored)}, no images by their names"))
+    if own and listing.classes and len(listing.classes) == 1:
+        inner = path / listing.classes[0]
+        text = f"'{path}' holds one sub-folder of images, so all of them are class 0; if it is no class, pass '{inner}'"
+        log(Event("shots", text, level="warning"))
+    if listing.empty:
+        text = f"'{path}': {some(listing.empty)} is counted as a class and empty: remove it if it is none"
+        log(Event("shots", text, level="warning"))
     source = Pictures(listing, port, wanted, preprocess, str(path))
-    return _Part(str(path), {port.name: source}, listing.ids, listing.labels, listing.classes)
+    return Part(str(path), {port.name: source}, listing.ids, listing.labels, listing.classes)
 
 
-def _find_arrays(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, log: Log) -> _Part:
+def _find_arrays(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, log: Log) -> Part:
     names = [port.name for port in ports]
     arrays, others = load_arrays(path, {*names, "images", "labels"})
     labels = None if "labels" in names else arrays.pop("labels", None)
@@ -392,7 +387,11 @@ def _find_arrays(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, lo
             "  Save an .npz with an array for each graph input under its name, and 'labels' if known."
         )
     if others:
-        log(Event("shots", f"'{path}': left aside the keys {some(others)}"))
+        text = f"'{path}': left aside {some(others)}" + ("" if labels is not None else "; labels belong under 'labels'")
+        log(Event("shots", text, level="info" if labels is not None else "warning"))
+    if preprocess.preset != "raw" and any(like_pixels(arrays[name]) for name in names):
+        text = f"'{path}': floats up to 255 are taken as they are. Save pixels as uint8, and the preset scales them."
+        log(Event("shots", text, level="warning"))
     values = {port.name: of_array(arrays[port.name], port, preprocess, str(path)) for port in ports}
     counts = {name: len(rows) for name, rows in values.items()}
     if len(set(counts.values())) > 1:
@@ -400,18 +399,24 @@ def _find_arrays(path: Path, ports: tuple[Port, ...], preprocess: Preprocess, lo
     count = counts[names[0]]
     if labels is not None:
         labels = check_labels(labels, count, f"'{path}'")
-    return _Part(str(path), values, tuple(f"{path.name}[{row}]" for row in range(count)), labels)
+    return Part(str(path), values, tuple(f"{path.name}[{row}]" for row in range(count)), labels)
 
 
-def fill(array: Array, port: Port, preprocess: Preprocess, where: str) -> Array:
-    """Return an array as the input takes it: uint8 images preprocessed, anything else checked and cast."""
-    source = of_array(array, port, preprocess, where)
-    return source.read(np.arange(len(source)))
+def _tested(array: Array, port: Port, preprocess: Preprocess, path: Path) -> Array:
+    """Return test data as the input takes it. It is what the graph was tested on, so it is never preprocessed."""
+    if array.dtype == np.uint8 and array.ndim == 4 and "float" in port.dtype:
+        raise ShotsError(
+            f"input '{port.name}' takes {port.dtype}; the test data of '{path}' is uint8 {array.shape}.\n"
+            "  It is fed as it is: save it as the graph takes it, or pixels as .npz to have them preprocessed."
+        )
+    return conform(array, port, preprocess.layout, str(path))
 
 
-def _labels_of(parts: Sequence[_Part], path: Path | None) -> Array | None:
-    if path is not None:
-        return read_labels(path, parts[0].ids)
+def _labels_of(parts: Sequence[Part], given: Path | Array | None) -> Array | None:
+    if isinstance(given, Path):
+        return read_labels(given, parts[0].ids)
+    if given is not None:
+        return check_labels(given, len(parts[0].ids), "labels")
     known = [(part.where, part.labels) for part in parts if part.labels is not None]
     for where, classes in known[1:]:
         if not np.array_equal(classes, known[0][1]):

@@ -6,8 +6,8 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xdonnx.errors import ShotsError
+from xdonnx.files import unfetched
 
 if TYPE_CHECKING:
     # For the annotations only: reading shots must not cost the import of onnx.
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 _IMAGES = ("bmp", "gif", "jpeg", "jpg", "pbm", "pgm", "png", "ppm", "tif", "tiff", "webp")
-_TENSOR = re.compile(r"input_(\d+)\.pb")
 IMAGE_SUFFIXES = frozenset(f".{ending}" for ending in _IMAGES)
 ARRAY_SUFFIXES = frozenset((".npy", ".npz"))
 FORMATS = (
@@ -48,6 +48,8 @@ class Listing:
         Name of each class, where folders name them by words.
     ignored : tuple of str
         Files that are no images by their suffix.
+    empty : tuple of str
+        Empty sub-folders that are counted as classes, and so decide the number of a class that has images.
     """
 
     paths: tuple[Path, ...]
@@ -55,6 +57,7 @@ class Listing:
     labels: Array | None = None
     classes: tuple[str, ...] | None = None
     ignored: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
 
 
 def assign(sources: Sequence[str], ports: Sequence[Port]) -> list[tuple[Path, tuple[Port, ...]]]:
@@ -99,11 +102,18 @@ def assign(sources: Sequence[str], ports: Sequence[Port]) -> list[tuple[Path, tu
     return [(path, (by_name[name],)) for name, path in named.items()]
 
 
-def list_images(path: Path) -> Listing:
+def list_images(path: Path, *, numbered: bool = True) -> Listing:
     """List the image files of a folder, of a text file, or the one image that `path` is.
 
-    The class of a file is the sub-folder that it lies in, however deep. Where every sub-folder is called by a
-    number, that number is the class; otherwise the class is the sub-folder's place in sorted order.
+    The class of a file is the sub-folder that it lies in, however deep. Where those that hold images are called by
+    numbers, these are the classes; otherwise the class is the sub-folder's place in sorted order. One that holds
+    other files alone is no class; an empty one is, among words.
+
+    Parameters
+    ----------
+    path : Path
+    numbered : bool
+        Whether sub-folders are classes at all; not where labels come from elsewhere.
 
     Raises
     ------
@@ -111,7 +121,7 @@ def list_images(path: Path) -> Listing:
         Nothing there, no image among the files, or classes that contradict one another.
     """
     if path.is_dir():
-        return _list_folder(path)
+        return _list_folder(path, numbered=numbered)
     if path.suffix.lower() == ".txt":
         return _list_text(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -131,6 +141,8 @@ def load_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, Array], 
     """
     if path.stat().st_size == 0:
         raise ShotsError(f"'{path}' has 0 bytes.\n  Write or copy it again.")
+    if pointer := unfetched(path):
+        raise ShotsError(pointer)
     try:
         # Opened here, since numpy leaves a damaged file open.
         with path.open("rb") as stream:
@@ -139,6 +151,8 @@ def load_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, Array], 
                 return {"": loaded}, ()
             arrays = {key: loaded[key] for key in loaded.files if key in wanted}
             return arrays, tuple(key for key in loaded.files if key not in wanted)
+    except PermissionError as error:
+        raise ShotsError(f"'{path}' cannot be read: {error.strerror}.\n  Look at its permissions.") from error
     except Exception as error:
         # zipfile, zlib and the header parser each have errors of their own for a damaged file.
         if "pickle" in str(error):
@@ -151,53 +165,12 @@ def load_arrays(path: Path, wanted: Collection[str]) -> tuple[dict[str, Array], 
         ) from error
 
 
-def tensor_folders(path: Path) -> list[Path]:
-    """Return the folders of ONNX test data, each with `input_0.pb` and so on: `path` itself or its sub-folders."""
-    if not path.is_dir():
-        return []
-    if _tensor_files(path):
-        return [path]
-    below = [entry for entry in path.iterdir() if entry.is_dir() and _tensor_files(entry)]
-    # By number where there is one: test_data_set_10 comes after test_data_set_9.
-    return sorted(below, key=lambda entry: [(len(part), part) for part in re.findall(r"\d+|\D+", entry.name)])
-
-
-def load_tensors(path: Path, folders: Sequence[Path], names: Sequence[str]) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """Return ONNX test data as {input: rows of all folders}, and the name of each row.
-
-    A tensor belongs to the input that it is named for or, where its name is no input's, to that at its number.
-
-    Parameters
-    ----------
-    path : Path
-        What the user gave, for messages.
-    folders : sequence of Path
-        From `tensor_folders`.
-    names : sequence of str
-        The inputs to be filled.
-
-    Raises
-    ------
-    ShotsError
-        A file is no tensor, an input has none or two, or sizes differ between folders or inputs.
-    """
-    found: list[dict[str, Array]] = []
-    ids: list[str] = []
-    for folder in folders:
-        arrays = _tensors_in(folder, names)
-        counts = {name: len(array) for name, array in arrays.items()}
-        if len(set(counts.values())) > 1:
-            raise ShotsError(f"the inputs in '{folder}' have different numbers of rows: {counts}.")
-        odd = [name for name in names if found and arrays[name].shape[1:] != found[0][name].shape[1:]]
-        if odd:
-            shapes = f"{found[0][odd[0]].shape[1:]} and {arrays[odd[0]].shape[1:]}"
-            raise ShotsError(
-                f"the samples of '{path}' differ in size: input '{odd[0]}' has {shapes}.\n"
-                "  Give one test_data_set folder, or some of one size."
-            )
-        found.append(arrays)
-        ids += [f"{folder.name}[{row}]" for row in range(counts[names[0]])]
-    return {name: np.concatenate([arrays[name] for arrays in found]) for name in names}, tuple(ids)
+def like_pixels(array: Array) -> bool:
+    """Return whether floating values look like pixels that nobody has scaled: whole numbers of images, 0 to 255."""
+    if array.ndim not in (3, 4) or array.dtype.kind != "f" or not array.size:
+        return False
+    some_rows = array[:8]
+    return bool(some_rows.min() >= 0 and 64 < some_rows.max() <= 255 and not (some_rows % 1).any())
 
 
 def read_labels(path: Path, ids: tuple[str, ...]) -> Array:
@@ -278,94 +251,83 @@ def some(names: Collection[str]) -> str:
     return ", ".join(f"'{name}'" for name in names[:5]) + more
 
 
-def _tensor_files(folder: Path) -> list[Path]:
-    """Return the files `input_0.pb`, `input_1.pb`, ... of a folder, by number."""
-    files = {int(match[1]): entry for entry in folder.iterdir() if (match := _TENSOR.fullmatch(entry.name))}
-    return [files[number] for number in sorted(files)]
-
-
-def _tensors_in(folder: Path, names: Sequence[str]) -> dict[str, Array]:
-    """Return the tensors of one folder by input."""
-    import onnx  # here, since reading shots must not cost its import
-
-    found: dict[str, Array] = {}
-    files = _tensor_files(folder)
-    for place, file in enumerate(files):
-        try:
-            tensor = onnx.TensorProto.FromString(file.read_bytes())
-            array = onnx.numpy_helper.to_array(tensor)
-        except Exception as error:  # protobuf's errors have no other parent, and nonsense may parse
-            raise ShotsError(f"'{file}' is no ONNX tensor: {error}.\n  Write or copy it again.") from error
-        # A test of one input alone may stand for any; several without names are in the order of the inputs.
-        name = tensor.name if tensor.name in names or len(files) != len(names) else names[place]
-        if name in found:
-            raise ShotsError(f"'{folder}' holds two tensors for input '{name}'.\n  Name them for their inputs.")
-        found[name] = array if array.ndim else array[None]
-    if missing := [name for name in names if name not in found]:
-        raise ShotsError(
-            f"'{folder}' has tensors for {some(found)}; wanted and not there: {some(missing)}.\n"
-            "  Give an input_N.pb for each input, named for it or in the order of the inputs."
-        )
-    return {name: found[name] for name in names}
-
-
-def _list_folder(folder: Path) -> Listing:
-    # A hidden entry is never a shot: .DS_Store, ._cat.png, .ipynb_checkpoints.
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+def _list_folder(folder: Path, *, numbered: bool) -> Listing:
+    entries = sorted(entry for entry in folder.iterdir() if not _hidden(entry.name))
     if not entries:
         raise ShotsError(f"'{folder}' is an empty folder.\n  Put images into it, in a sub-folder for each class.")
-    folders = [entry for entry in entries if entry.is_dir()]
     loose, ignored = _sift([entry for entry in entries if not entry.is_dir()])
-    inside: list[tuple[Path, int]] = []
-    numbers = _class_numbers(folder, [entry.name for entry in folders])
-    for entry, number in zip(folders, numbers, strict=True):
-        images, others = _sift(_files_below(entry))
-        inside += [(image, number) for image in images]
-        ignored += others
-    if loose and inside:
+    inside: dict[str, list[Path]] = {}
+    for entry in entries:
+        if entry.is_dir():
+            inside[entry.name], others = _sift(_files_below(entry))
+            ignored += others
+            if others and not inside[entry.name]:
+                # What holds files and no image is no class, and must not take the place of one.
+                del inside[entry.name]
+    filed = [image for images in inside.values() for image in images]
+    if loose and filed:
         raise ShotsError(
-            f"'{folder}' holds {len(inside)} images in sub-folders and {len(loose)} beside them, such as "
+            f"'{folder}' holds {len(filed)} images in sub-folders and {len(loose)} beside them, such as "
             f"'{loose[0].name}'.\n  Sub-folders are classes: move every image into one, or all of them out."
         )
-    paths = loose or [image for image, _ in inside]
+    paths = loose or filed
     if not paths:
         raise ShotsError(
             f"'{folder}' holds {len(ignored)} files and no image"
             + (f", such as '{ignored[0].relative_to(folder)}'" if ignored else "")
             + f".\n  Images end in {', '.join(sorted(IMAGE_SUFFIXES))}."
         )
-    return Listing(
+    found = Listing(
         paths=tuple(paths),
         ids=tuple(image.relative_to(folder).as_posix() for image in paths),
-        labels=np.array([number for _, number in inside], np.int64) if inside else None,
-        classes=tuple(entry.name for entry in folders) if inside and not _numeric(folders) else None,
         ignored=tuple(other.relative_to(folder).as_posix() for other in ignored),
+    )
+    if not filed or not numbered:
+        return found
+    numbers = _class_numbers(folder, {name: len(images) for name, images in inside.items()})
+    last = max(numbers[name] for name, images in inside.items() if images)
+    return replace(
+        found,
+        labels=np.array([numbers[name] for name, images in inside.items() for _ in images], np.int64),
+        classes=None if all(map(_numeric, numbers)) else tuple(numbers),
+        empty=tuple(name for name, number in numbers.items() if not inside[name] and number < last),
     )
 
 
-def _numeric(folders: list[Path]) -> bool:
-    return all(entry.name.isascii() and entry.name.isdecimal() for entry in folders)
+def _hidden(name: str) -> bool:
+    # Never a shot: .DS_Store, ._cat.png, .ipynb_checkpoints, and what archives and servers leave.
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
 
 
-def _class_numbers(folder: Path, names: list[str]) -> list[int]:
-    """Return the class of each sub-folder, empty ones included: an empty class must not shift the others."""
-    if not all(name.isascii() and name.isdecimal() for name in names):
-        return list(range(len(names)))
-    numbers = [int(name) for name in names]
-    for number, times in Counter(numbers).items():
+def _numeric(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
+
+
+def _class_numbers(folder: Path, images: Mapping[str, int]) -> dict[str, int]:
+    """Return {sub-folder: class} from {sub-folder: its images}; an empty one keeps its place among words."""
+    named = [name for name, count in images.items() if count]
+    digits = [name for name in named if _numeric(name)]
+    if not digits:
+        return {name: place for place, name in enumerate(images)}
+    if words := [name for name in named if name not in digits]:
+        raise ShotsError(
+            f"'{folder}' has images in sub-folders called by numbers, {some(digits)}, and by words, {some(words)}.\n"
+            "  Classes are either the numbers or the places of the words: move out what is no class, or pass --labels."
+        )
+    for number, times in Counter(map(int, digits)).items():
         if times > 1:
-            twins = [name for name in names if int(name) == number]
+            twins = [name for name in digits if int(name) == number]
             raise ShotsError(f"'{folder}' has {times} sub-folders for class {number}: {some(twins)}.\n  Merge them.")
         if number > np.iinfo(np.int64).max:
             raise ShotsError(f"'{folder}' has a sub-folder '{number}', which is too large for a class number.")
-    return numbers
+    return {name: int(name) for name in digits}
 
 
 def _files_below(folder: Path) -> list[Path]:
     found = []
     for here, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here) / name for name in sorted(files) if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        found += [Path(here) / name for name in sorted(files) if not _hidden(name)]
     return found
 
 
@@ -379,6 +341,8 @@ def _list_text(path: Path) -> Listing:
     ids: list[str] = []
     labels: list[int] = []
     lines = read_lines(path)
+    if lines and all(line.isdecimal() and not (path.parent / line).is_file() for line in lines):
+        raise ShotsError(f"'{path}' lists numbers, not images.\n  Are these labels? Pass --labels '{path}'.")
     for line in lines:
         name, label = _split_line(line, path.parent)
         paths.append(path.parent / name)

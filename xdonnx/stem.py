@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,38 +28,55 @@ def log_probabilities(session: ort.InferenceSession, port: Port, values: Array) 
     """Return the log-probabilities of all images, (n, classes); None where no output classifies."""
     answers = _run(session, port, values)
     for scores in answers:
-        if scores.dtype.kind == "f" and scores.ndim in (2, 4) and scores.shape[1] > 1 and len(scores) == len(values):
-            if scores.shape[2:] not in ((), (1, 1)) or not np.isfinite(scores).all():
-                continue
-            flat = scores.reshape(len(scores), -1).astype(np.float64)
-            if flat.min() >= 0 and abs(flat.sum(1) - 1).max() < 1e-2:
-                return np.asarray(np.log(np.maximum(flat, 1e-45)))
-            shifted = flat - flat.max(1, keepdims=True)
-            return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
+        if scores is None or scores.dtype.kind != "f" or scores.ndim not in (2, 4) or scores.shape[1] < 2:
+            continue
+        if scores.shape[2:] not in ((), (1, 1)) or not np.isfinite(scores).all():
+            continue
+        flat = scores.reshape(len(scores), -1).astype(np.float64)
+        if flat.min() >= 0 and abs(flat.sum(1) - 1).max() < 1e-2:
+            return np.asarray(np.log(np.maximum(flat, 1e-45)))
+        shifted = flat - flat.max(1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
     return None
 
 
-def _run(session: ort.InferenceSession, port: Port, values: Array) -> list[Array]:
-    """Return every output of all images; in the graph's own batches, the last one filled up."""
+def _run(session: ort.InferenceSession, port: Port, values: Array) -> list[Array | None]:
+    """Return every output of all images, None for one that does not count them, as the detections of a detector.
+
+    In the graph's own batches, the last one filled up.
+    """
     fixed = port.shape[0] if port.shape and isinstance(port.shape[0], int) and port.shape[0] > 0 else None
     batch = fixed or _BATCH
     try:
-        parts = [_one(session, port, values[start : start + batch], fixed) for start in range(0, len(values), batch)]
-    except (ModelError, ValueError):
+        found = _joined(_one(session, port, values[at : at + batch], fixed) for at in range(0, len(values), batch))
+    except ModelError:
         if fixed:
             raise
-        # Some exports declare the batch free and reshape to one.
-        parts = [_one(session, port, values[row : row + 1], 1) for row in range(len(values))]
-    return [np.concatenate(output) for output in zip(*parts, strict=True)]
+        found = [None]
+    if fixed or any(output is not None for output in found):
+        return found
+    # Some exports declare the batch free and reshape to one.
+    return _joined(_one(session, port, values[row : row + 1], 1) for row in range(len(values)))
 
 
-def _one(session: ort.InferenceSession, port: Port, values: Array, fixed: int | None) -> list[Array]:
+def _joined(parts: Iterable[list[Array | None]]) -> list[Array | None]:
+    """Return each output's parts in one; None where one is missing, or their sizes depend on the image."""
+    found: list[Array | None] = []
+    for output in zip(*parts, strict=True):
+        known = [part for part in output if part is not None]
+        whole = len(known) == len(output) and len({part.shape[1:] for part in known}) == 1
+        found.append(np.concatenate(known) if whole else None)
+    return found
+
+
+def _one(session: ort.InferenceSession, port: Port, values: Array, fixed: int | None) -> list[Array | None]:
     rows = len(values)
     fed = values if fixed is None else np.resize(values, (fixed, *values.shape[1:]))
-    found = [np.asarray(output) for output in answer(session, {port.name: fed}).values()]
-    if any(output.ndim == 0 or len(output) != len(fed) for output in found):
-        raise ValueError("an output's first axis does not count samples")
-    return [output[:rows] for output in found]
+    found: list[Array | None] = []
+    for output in answer(session, {port.name: fed}).values():
+        counts = isinstance(output, np.ndarray) and output.ndim > 0 and len(output) == len(fed)
+        found.append(output[:rows] if counts else None)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +88,11 @@ class Stem:
     mean: Array
     variance: Array
 
-    def mismatch(self, values: Array) -> float:
-        """Return how far what arrives is from that."""
+    def mismatch(self, values: Array) -> float | None:
+        """Return how far what arrives is from that; None where its first axis does not count images."""
         (seen,) = _run(self.session, self.port, values)
+        if seen is None:
+            return None
         channels = np.moveaxis(seen, 1, 0).reshape(len(self.mean), -1).astype(np.float64)
         # Channels that never varied say nothing.
         live = self.variance > 1e-4 * self.variance.max()

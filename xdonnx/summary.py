@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
-from xdonnx.report import LayerResult, Report, shown
+from xdonnx.report import LayerResult, Report, gate_figures, judged_by
+
+# What means something to Markdown inside a line, or opens HTML. An underscore within a word does not.
+_MARKS = re.compile(r"[\\|<>&`*\[\]~]|(?<![^\W_])_|_(?![^\W_])")
+
+_CLOSER = "remove less, give more samples, or try --preset-effort best"
+_QUICKER = "time both again where nothing else runs: xdonnx bench; --round-to 8 keeps widths that are fast"
+# What to try where a limit was broken.
+_NEXT = {
+    "max_drop": _CLOSER,
+    "max_error": _CLOSER,
+    "min_shrink": "remove more, as by --macs 30%",
+    "smaller": "remove more, as by --macs 30%",
+    "removed": "see what may go: xdonnx inspect",
+    "max_latency_ratio": _QUICKER,
+    "not_slower": _QUICKER,
+}
 
 
 def summary(report: Report) -> str:
     """Return the report as Markdown of at most 60 lines."""
     where = f"{report.device}, seed {report.seed}, {report.seconds:.1f} s, xdonnx {report.tool.version}"
-    lines = [f"# xdonnx: {report.status} (exit code {report.exit_code})", "", where, ""]
+    lines = [f"# xdonnx: {_models(report)}{report.status} (exit code {report.exit_code})", "", where, ""]
     lines += _bullets(report.reasons, 6)
+    broken = [gate.name for gate in report.gates if gate.level == "fail" and not gate.passed]
+    steps = dict.fromkeys(_NEXT[name] for name in broken if name in _NEXT)
+    if report.status == "rejected" and steps:
+        lines += [f"Next: {_plain('; or '.join(steps))}.", ""]
     if report.gates:
         lines += ["| gate | measured | judged | limit | |", "|---|---|---|---|---|"]
         for gate in report.gates:
             verdict = "passed" if gate.passed else {"fail": "**failed**", "warn": "warning"}[gate.level]
-            numbers = (shown(gate.value, gate.unit), shown(gate.bound, gate.unit))
-            limit = shown(gate.limit, gate.unit, exact=True)
-            lines.append(_row(gate.name, *numbers, limit, verdict))
+            value, _, limit = gate_figures(gate)
+            lines.append(f"{_row(gate.name, value, judged_by(gate), limit)} {verdict} |")
         lines.append("")
     lines += _before_after(report) + _worst_layers(report.layers)
     if report.warnings:
         lines += ["Warnings:", "", *_bullets(report.warnings, 8)]
     command = _clip(report.command, 1000)
     return "\n".join([*lines, *(["```", command, "```"] if command else [])]) + "\n"
+
+
+def _models(report: Report) -> str:
+    """Return which file was made of which, without their folders."""
+    names = [re.split(r"[\\/]", file.path)[-1] for file in (report.files.teacher, report.files.student) if file]
+    return " → ".join(_plain(_clip(name, 80)) for name in names) + ": " * bool(names)
 
 
 def _before_after(report: Report) -> list[str]:
@@ -68,12 +94,12 @@ def _worst_layers(layers: Iterable[LayerResult]) -> list[str]:
     for layer in worst:
         before = "" if layer.objective_before is None else f"{layer.objective_before:.4g}"
         kept = f"{layer.kept} of {layer.units}"
-        lines.append(_row(f"`{layer.layer}`", layer.op, kept, before, f"{layer.objective_after:.4g}"))
+        lines.append(_row(layer.layer, layer.op, kept, before, f"{layer.objective_after:.4g}"))
     return [*lines, ""]
 
 
 def _row(*cells: str) -> str:
-    return "| " + " | ".join(_clip(cell, 120).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_plain(_clip(cell, 120)) for cell in cells) + " |"
 
 
 def _bullets(lines: Sequence[str], most: int) -> list[str]:
@@ -81,7 +107,12 @@ def _bullets(lines: Sequence[str], most: int) -> list[str]:
     if not lines:
         return []
     kept = list(lines) if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
-    return [f"- {_clip(line, 300)}" for line in kept] + [""]
+    return [f"- {_plain(_clip(line, 300))}" for line in kept] + [""]
+
+
+def _plain(text: str) -> str:
+    """Return the text such that Markdown shows it as it is: names may hold columns, tags, links and emphasis."""
+    return _MARKS.sub(r"\\\g<0>", text)
 
 
 def _clip(text: str, most: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,15 +13,16 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-from pydantic_core import to_jsonable_python
+import onnxruntime as ort
 
 from xdonnx.cost import measure_cost
 from xdonnx.errors import ShotsError, VerifyError
-from xdonnx.events import Event, Log, ignore
-from xdonnx.fidelity import Array, Samples, compare, fixed_batch
-from xdonnx.gate import Gate, judge, verdict
+from xdonnx.events import Event, Log, ignore, legible
+from xdonnx.fidelity import Array, Samples, check_classes, compare, fixed_batch, kinds
+from xdonnx.gate import Gate, check_measurable, heavy_loss, judge, verdict
+from xdonnx.intervals import FEW, ratio_band
 from xdonnx.model import Interface, differences, file_bytes, fingerprint, interface, read_proto
-from xdonnx.report import Fidelity, Figures, FileInfo, Files, InterfaceCheck, Latency, Report, tool
+from xdonnx.report import Fidelity, Figures, FileInfo, Files, InterfaceCheck, Latency, LatencyRatio, Report, plain, tool
 from xdonnx.runtime import answer, open_session
 
 # However slow a model is, so many runs of it are timed after the warm-up: fewer say nothing of the noise.
@@ -31,9 +32,8 @@ _FITTED = 64
 # A warning is due where new samples are surely answered so many times worse than those that fitted, and by more than
 # such a relative error: least squares on few samples always fits those somewhat better, and often does no harm.
 _OVERFIT, _HARMLESS = 3.0, 0.05
-
-# A teacher that is this little better than chance was most likely fed otherwise than it was trained.
-_CLUELESS = 0.15
+# Where no limit says how fine the answer has to be, samples that cannot tell a drop of so many points are too few.
+_COARSE = 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,8 @@ def verify(
     fidelity, gates = None, []  # of a student with another interface no answer is asked
     if check.inputs == "same" and check.outputs == "same":
         confidence = gate.confidence or confidence
+        if known is None:
+            check_asked(teacher, shots, gate)
         how: dict[str, Any] = {"device": device, "confidence": confidence, "held_out": held_out, "log": log}
         fidelity, wrong = (known, []) if known else _answers(teacher, student, shots, seed, **how)
         reasons += wrong
@@ -115,7 +117,9 @@ def verify(
         gates = judge(costs[0], costs[1], fidelity, gate)
         classes = 0 if shots.labels is None else len(np.unique(shots.labels))
         _caution(fidelity, gate, confidence, classes, log)
-    outcome = verdict(gates) | ({"status": "failed", "exit_code": 6, "reasons": reasons} if reasons else {})
+    outcome = verdict(gates, fidelity, gate.confidence) | (
+        {"status": "failed", "exit_code": 6, "reasons": reasons} if reasons else {}
+    )
     return Report(
         **facts,
         **outcome,
@@ -125,8 +129,38 @@ def verify(
         fidelity=fidelity,
         gates=tuple(gates),
         interface=check,
-        warnings=tuple(dict.fromkeys(warnings)),
+        warnings=tuple(dict.fromkeys((*heavy_loss(fidelity, [result.name for result in gates]), *warnings))),
     )
+
+
+def check_asked(
+    teacher: str | Path | ort.InferenceSession, shots: Samples, gate: Gate, labels: Sequence[Array | None] = ()
+) -> None:
+    """Make sure that what the gate asks can be measured of this model, and that labels are classes of it.
+
+    Parameters
+    ----------
+    teacher : path or InferenceSession
+        It is run on a few of the samples.
+    shots : Samples
+    gate : Gate
+    labels : sequence of (n,) int64, optional
+        Of samples besides.
+
+    Raises
+    ------
+    JobError
+        A limit is set on what no answer of this model shows.
+    ShotsError
+        A label is none of the model's classes.
+    ModelError, MachineError
+        The model cannot be run.
+    """
+    found = kinds(open_session(teacher) if isinstance(teacher, (str, Path)) else teacher, shots)
+    check_measurable(gate, classifies=found.classes is not None, floating=found.floating, odd=found.odd)
+    for numbers in (shots.labels, *labels):
+        if numbers is not None and found.classes is not None:
+            check_classes(np.asarray(numbers), found.classes)
 
 
 def check_interface(teacher: onnx.ModelProto, student: onnx.ModelProto) -> None:
@@ -185,9 +219,15 @@ def latency(
             threads=threads,
             runs=len(times),
             batch=max(len(values) for values in feed.values()),
+            ratio=_ratio(times, at) if at else None,
         )
-        for (q1, median, q3), provider, feed in zip(quartiles, ran, feeds, strict=True)
+        for at, ((q1, median, q3), provider, feed) in enumerate(zip(quartiles, ran, feeds, strict=True))
     ]
+
+
+def _ratio(times: Array, at: int) -> LatencyRatio:
+    band = ratio_band(times[:, 0], times[:, at])
+    return LatencyRatio(value=band.value, low=band.low, high=band.high, confidence=band.confidence)
 
 
 def turns(
@@ -246,13 +286,13 @@ def _facts(
     **asked: str | int,
 ) -> dict[str, Any]:
     """Return what the report holds that needs no measurement."""
-    teacher, student = (_file(path) for path in paths)
+    teacher, student = (file_facts(path) for path in paths)
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "tool": tool(),
-        "job": to_jsonable_python(dict(job or {}), fallback=str),
-        "files": Files(teacher=teacher, student=student, shots=_shots(shots, shots_path)),
-        **asked,
+        "job": plain(job or {}),
+        "files": Files(teacher=teacher, student=student, shots=_shots(shots, legible(shots_path))),
+        **{name: legible(value) if isinstance(value, str) else value for name, value in asked.items()},
     }
 
 
@@ -352,38 +392,40 @@ def _timed(
 
 def _caution(fidelity: Fidelity, gate: Gate, confidence: float, classes: int, log: Log) -> None:
     """Warn of conclusions that these samples do not bear."""
-    if not fidelity.held_out:
-        text = "the samples that judge are those that fitted (hold-out 0): new ones will do worse"
-        log(Event("verify", text, level="warning"))
-    wanted = 1.0 if gate.max_drop is None else gate.max_drop
-    least, count = fidelity.smallest_drop, fidelity.samples
+    count = fidelity.samples
     of = f"{count} {'held-out ' * fidelity.held_out}sample{'s' * (count != 1)}"
+    for text in _doubts(fidelity, gate, of, f"({100 * confidence:g} % confidence)", classes):
+        log(Event("verify", text, level="warning"))
+
+
+def _doubts(fidelity: Fidelity, gate: Gate, of: str, sure: str, classes: int) -> Iterator[str]:
+    if not fidelity.held_out:
+        yield "the samples that judge are those that fitted (hold-out 0): new ones will do worse"
+    wanted, least = _COARSE if gate.max_drop is None else gate.max_drop, fidelity.smallest_drop
     if fidelity.drop is not None and (least is None or least > wanted):
         what = "any drop" if least is None else f"a drop below {least:.2f} points"
-        text = f"{of} cannot tell {what} from none ({100 * confidence:g} % confidence)"
-        log(Event("verify", text, level="warning"))
+        yield f"{of} cannot tell {what} from none {sure}"
+    if classes == 1 and fidelity.accuracy_teacher is not None and fidelity.samples > 1:
+        yield f"all of {of} have the same label, which says little; if their folder is no class, pass it as --shots"
     bounds = [output for output in fidelity.outputs if output.relative_l2 is not None]
     worst = max(bounds, key=lambda output: output.relative_l2 or 0.0, default=None)
+    if worst is None:
+        return
     edge = max(_HARMLESS, _OVERFIT * fidelity.fit_error) if fidelity.fit_error is not None else math.inf
-    if worst is not None and (worst.low or 0.0) > edge:
-        text = (
+    if (worst.low or 0.0) > edge:
+        yield (
             f"overfitted: the relative error is {fidelity.fit_error:.4f} on samples that fitted and "
             f"{worst.relative_l2:.4f} on {of}; give more or more varied samples, remove less, or pull harder toward "
             "the teacher (--ridge)"
         )
-        log(Event("verify", text, level="warning"))
-    if fidelity.accuracy_teacher is not None and classes > 1:
-        chance = 100 / classes
-        if fidelity.accuracy_teacher < chance + _CLUELESS * (100 - chance):
-            text = (
-                f"the teacher is right on only {fidelity.accuracy_teacher:.2f} % of {of}, near chance for "
-                f"{classes} classes: what is measured means little; check --preset, --color and how labels are numbered"
-            )
-            log(Event("verify", text, level="warning"))
+    if gate.max_error is not None and fidelity.samples < FEW:
+        bound = "nothing bounds it" if worst.high is None else f"it may be {worst.high:.4g}"
+        yield f"the error on others is hardly known from {of}: {bound} {sure}"
 
 
-def _file(path: str | Path) -> FileInfo:
-    return FileInfo(path=str(path), sha256=fingerprint(path), bytes=file_bytes(path))
+def file_facts(path: str | Path) -> FileInfo:
+    """Return what a report says of a model's file."""
+    return FileInfo(path=legible(str(path)), sha256=fingerprint(path), bytes=file_bytes(path))
 
 
 def _shots(shots: Samples, path: str) -> FileInfo:

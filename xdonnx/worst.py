@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from xdonnx.events import legible
 from xdonnx.report import Answer, WorstShot
 
 Array = NDArray[Any]
@@ -109,7 +110,7 @@ def described(
     """Return the cases as the report holds them; `ids` and `classes` name samples and classes where known."""
 
     def name(number: int) -> str:
-        return classes[number] if classes and 0 <= number < len(classes) else ""
+        return legible(classes[number]) if classes and 0 <= number < len(classes) else ""
 
     def answer(given: tuple[int, float] | None) -> Answer | None:
         if given is None:
@@ -122,7 +123,7 @@ def described(
         label = None if labels is None else int(labels[case.row])
         found.append(
             WorstShot(
-                sample=ids[case.row] if ids else f"sample {case.row}",
+                sample=legible(ids[case.row]) if ids else f"sample {case.row}",
                 row=case.row,
                 label=label,
                 label_name="" if label is None else name(label),

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,13 +14,13 @@ import xdonnx  # before torch, which its other modules import: see the README's 
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.job import Job
 from xdonnx.methods import available
-from xdonnx.model import fingerprint, model_files
 from xdonnx.report import tool
+from xdonnx.sweep.identity import is_number, key, placed, sources
 
 # What a row, a seed or the script itself says; the rest of a Job may stand in `options`.
 TAKEN = frozenset(["model", "out", "shots", "labels", "per_class", "holdout", "preprocess", "gate", "force", "seed"])
 OPTIONS = tuple(name for name in Job.model_fields if name not in TAKEN)
-# What a job reads. Its contents enter the key, so that a folder of data may move.
+# What a row reads, of which the contents make its key.
 _FILES = ("model", "shots", "labels", "holdout")
 
 Name = Annotated[str, Field(min_length=1)]
@@ -146,7 +142,7 @@ def runs(table: Table, path: Path, data: Path | None, *, strict: bool = False) -
     JobError
         A file or a method is not there, or an option has a value that it cannot have.
     """
-    version = f"{tool().version} {_sources()}" if strict else ""
+    version = f"{tool().version} {sources()}" if strict else ""
     found = {row.name: _files(row, path, data) for row in table.row}
     listed = []
     for seed in dict.fromkeys(table.seeds):
@@ -155,7 +151,7 @@ def runs(table: Table, path: Path, data: Path | None, *, strict: bool = False) -
                 for method in table.methods_of(row):
                     where = f"'{path.name}', row '{row.name}', method '{method.name}'"
                     job = _job(row, method, found[row.name], per_class, seed, where)
-                    listed.append(Run(row.name, method.name, per_class, seed, job, _key(job, version)))
+                    listed.append(Run(row.name, method.name, per_class, seed, job, key(job, version)))
     return listed
 
 
@@ -204,24 +200,16 @@ def _files(row: Row, path: Path, data: Path | None) -> dict[str, Path]:
     found = {}
     for field in _FILES:
         text = getattr(row, field)
-        if text is None or _fraction(text):
+        if text is None or is_number(text):
             continue
         home = path.parent if text.startswith(".") or data is None else data
-        found[field] = Path(os.path.normpath((home / Path(text).expanduser()).absolute()))
+        found[field] = placed(text, home)
         if not found[field].exists():
             raise JobError(
                 f"'{path.name}', row '{row.name}', {field}: nothing at '{found[field]}'.\n"
                 "  --data DIR or XDONNX_DATA names the folder that paths are relative to; without, it is the TOML's."
             )
     return found
-
-
-def _fraction(text: str | float) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _job(row: Row, method: Method, files: Mapping[str, Path], per_class: int | None, seed: int, where: str) -> Job:
@@ -247,38 +235,3 @@ def _job(row: Row, method: Method, files: Mapping[str, Path], per_class: int | N
             near = did_you_mean(name, known)
             raise JobError(f"{where}: this xdonnx has no method '{name}'.{near}\n  Methods: {', '.join(known)}.")
     return job
-
-
-def _key(job: Job, version: str) -> str:
-    """Return the hash of what decides the result.
-
-    Options at their defaults are left out, so that an option that is new in xdonnx leaves old results valid. A default
-    that changed is a change of xdonnx, for which there is --strict.
-    """
-    kept = job.model_dump(mode="json", exclude_defaults=True, exclude={"out", *_FILES}, fallback=str)
-    read = {"model": _content(job.model), "shots": _content(Path(job.shots[0]))}
-    read["labels"] = _content(job.labels) if job.labels else ""
-    read["holdout"] = job.holdout if _fraction(job.holdout) else _content(Path(job.holdout))
-    return _hash([json.dumps([kept, read, version], sort_keys=True).encode()])
-
-
-@functools.cache
-def _content(path: Path) -> str:
-    """Return the hash of a file, with what a model keeps outside; or of all files below a folder with their names."""
-    if path.is_file():
-        return _hash(fingerprint(file).encode() for file in (model_files(path) if path.suffix == ".onnx" else [path]))
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return _hash(f"{file.relative_to(path).as_posix()}\0{fingerprint(file)}\n".encode() for file in files)
-
-
-def _sources() -> str:
-    """Return the hash of the sources of the xdonnx that runs."""
-    folder = Path(str(xdonnx.__file__)).parent
-    return _hash(part for file in sorted(folder.rglob("*.py")) for part in (file.name.encode(), file.read_bytes()))
-
-
-def _hash(parts: Iterable[bytes]) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()

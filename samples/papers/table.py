@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import multiprocessing
 import os
-import shlex
 import signal
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,126 +24,38 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-import xdonnx
 from xdonnx.errors import JobError, MachineError, XdonnxError
-from xdonnx.job import Job
+from xdonnx.sweep.local import processes, serial
+from xdonnx.sweep.measuring import Done, Task
+from xdonnx.sweep.records import Record, add_record, read_records
 
 INTERRUPTED, TERMINATED = 130, 143
-Records = dict[str, dict[str, Any]]
+# What a line keeps of what a run came to.
+KEPT = (
+    "error", "final", "command", "macs", "bytes", "nonzero", "accuracy", "agreement", "teacher", "judged", "fitted",
+    "seconds", "device", "version", "started",
+)  # fmt: skip
 
 
-def measure(run: Run, folder: Path) -> dict[str, Any]:
-    """Make one student in a temporary folder and return what it is worth, as a line of runs.jsonl.
-
-    What stops a run is its result too: `error` says it. `final` is whether trying again would give the same.
-    """
-    line: dict[str, Any] = {"key": run.key, "row": run.row, "method": run.method, "per_class": run.per_class}
-    line |= {"seed": run.seed, "error": "", "final": True, "command": command(run.job)}
-    started = time.perf_counter()
-    try:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            report = xdonnx.run(run.job.model_copy(update={"out": Path(place) / "student.onnx"}))
-    except XdonnxError as error:
-        return {**line, "error": str(error), "final": not isinstance(error, MachineError)}
-    except Exception as error:  # one cell of many: the others are still worth having
-        return {**line, "error": f"internal: {type(error).__name__}: {error}", "final": False}
-    assert report.teacher and report.student and report.fidelity
-    for name in ("macs", "bytes", "nonzero"):
-        line[name] = getattr(report.student, name) / getattr(report.teacher, name)
-    return line | {
-        "accuracy": report.fidelity.accuracy_student,
-        "agreement": report.fidelity.top1_agreement,
-        "teacher": report.fidelity.accuracy_teacher,
-        "judged": report.fidelity.samples,
-        "fitted": report.fit_samples,
-        "seconds": round(time.perf_counter() - started, 3),
-        "device": report.device,
-        "version": report.tool.version,
-        "started": report.started,
-        "options": run.job.model_dump(mode="json", exclude_unset=True, exclude={"out"}, fallback=str),
-    }
+def record_of(run: Run, done: Done) -> Record:
+    """Return a line of runs.jsonl: the run, and what it came to."""
+    line = {"key": run.key, "row": run.row, "method": run.method, "per_class": run.per_class, "seed": run.seed}
+    line |= {name: done.record[name] for name in KEPT if name in done.record}
+    if done.record["status"] != "failed":
+        line["options"] = run.job.model_dump(mode="json", exclude_unset=True, exclude={"out"}, fallback=str)
+    return line
 
 
-def command(job: Job) -> str:
-    """Return the command line that makes the same student."""
-    words = ["xdonnx", "compress", str(job.model)]
-    for name in Job.model_fields:
-        value = getattr(job, name)
-        if name in ("model", "out") or name not in job.model_fields_set or value is None or value is False:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if name == "preprocess":
-            words += ["--preset", value.preset]
-        elif name == "input_shape":
-            words += [word for at, shape in value.items() for word in (flag, f"{at}:{'x'.join(map(str, shape))}")]
-        elif value is True:
-            words.append(flag)
-        else:
-            words += [word for each in (value if isinstance(value, tuple) else [value]) for word in (flag, str(each))]
-    return shlex.join([*words, "-o", "student.onnx"])
-
-
-def read_records(path: Path) -> Records:
-    """Return the lines of runs.jsonl by their keys; of two with one key, the later one.
-
-    A last line that was torn when the machine stopped is cut off, so that the next one starts afresh.
-
-    Raises
-    ------
-    JobError
-        Another line is no record.
-    """
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as stream:
-            stream.truncate(len(whole))
-    found: Records = {}
-    for at, text in enumerate(whole.splitlines(), start=1):
-        try:
-            record = json.loads(text)
-            found[record["key"]] = record
-        except (ValueError, KeyError, TypeError) as error:
-            raise JobError(f"'{path}', line {at} is no record of a run.\n  Delete that line, or the file.") from error
-    return found
-
-
-def measured(waiting: Sequence[Run], jobs: int, begin: Callable[[Run], None]) -> Iterator[dict[str, Any]]:
-    """Yield the record of every run as soon as it is there; `begin` is told of a run before it starts, or ends."""
+def measured(waiting: Sequence[Run], jobs: int, begin: Callable[[Run], None]) -> Iterator[Record]:
+    """Yield the record of every run as soon as it is there; `begin` is told of a run before it starts."""
+    runs = {run.key: run for run in waiting}
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+    tasks = [Task(key, run.job, threads) for key, run in runs.items()]
     with tempfile.TemporaryDirectory(prefix="xdonnx-table-") as name:
-        folder = Path(name)
-        if jobs == 1:
-            for run in waiting:
-                begin(run)
-                yield measure(run, folder)
-            return
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        # What a worker loads reads this once, when it is loaded.
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_ready, initargs=(threads,)) as pool:
-            try:
-                asked = {pool.submit(measure, run, folder): run for run in waiting}
-                for done in as_completed(asked):
-                    begin(asked[done])
-                    yield done.result()
-            except BaseException:
-                # A run takes minutes: nobody who stops the table waits for those under way.
-                for child in multiprocessing.active_children():
-                    child.terminate()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-
-
-def _ready(threads: int) -> None:
-    """Prepare a worker: Ctrl-C is for the process that started it, which then ends it."""
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(min(threads, torch.get_num_threads()))
-    warnings.simplefilter("ignore")
+        here = serial(Path(name)) if threads is None else processes(Path(name), jobs, threads)
+        with here as perform:
+            for done in perform(tasks, lambda task: begin(runs[task.key])):
+                yield record_of(runs[done.key], done)
 
 
 @contextmanager
@@ -202,15 +109,14 @@ def _matches(name: str, patterns: Sequence[str] | None) -> bool:
     return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def perform(waiting: Sequence[Run], records: Records, path: Path, jobs: int) -> int:
+def perform(waiting: Sequence[Run], records: dict[str, Record], path: Path, jobs: int) -> int:
     """Do the runs; each is a line of runs.jsonl as soon as it is done. Return how many are to be tried again."""
     failed = 0
-    with path.open("a", encoding="utf-8") as stream, progress(len(waiting)) as (begin, end):
+    with progress(len(waiting)) as (begin, end):
         for record in measured(waiting, jobs, begin):
             records[record["key"]] = record
             if record["final"]:
-                stream.write(json.dumps(record) + "\n")
-                stream.flush()
+                add_record(path, record)
             else:
                 failed += 1
             end()

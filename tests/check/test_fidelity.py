@@ -63,7 +63,10 @@ def test_figures_are_those_of_all_answers_at_once(measure, count: int) -> None:
     assert output.relative_l2 == pytest.approx(np.linalg.norm(s - t) / np.linalg.norm(t), rel=1e-5)
     assert output.max_abs == pytest.approx(np.abs(s - t).max(), rel=1e-4)
     assert output.cosine == pytest.approx(np.sum(s * t) / np.linalg.norm(s) / np.linalg.norm(t), rel=1e-6)
-    assert output.low <= output.relative_l2 * (1 + 1e-12) and output.relative_l2 <= output.high * (1 + 1e-12)
+    if count == 1:  # one sample bounds nothing
+        assert output.low is output.high is None and output.confidence == 0.95
+    else:
+        assert output.low <= output.relative_l2 * (1 + 1e-12) and output.relative_l2 <= output.high * (1 + 1e-12)
     agreeing = int(np.sum(s.argmax(1) == t.argmax(1)))
     assert found.top1_agreement == pytest.approx(100 * agreeing / count)
     expected = wilson(count - agreeing, count)
@@ -72,7 +75,8 @@ def test_figures_are_those_of_all_answers_at_once(measure, count: int) -> None:
 
 def test_with_labels_the_drop_is_that_of_the_accuracy(measure) -> None:
     teacher, student, shots = tiny.classifier(), tiny.classifier(noise=0.8), tiny.images(90)
-    labels = np.random.default_rng(5).integers(0, 5, 90)
+    labels = logits(teacher, shots).argmax(1)
+    labels[::3] = np.random.default_rng(5).integers(0, 5, 30)
     t, s = logits(teacher, shots).argmax(1) == labels, logits(student, shots).argmax(1) == labels
 
     found, _ = measure(teacher, student, tiny.Shots(shots.inputs, labels), confidence=0.9)
@@ -223,24 +227,75 @@ def test_one_score_a_sample_is_no_classifier(measure) -> None:
     assert found.top1_agreement is None and found.drop is None
 
 
-def test_outputs_whose_length_depends_on_the_data_are_named_and_not_compared(measure) -> None:
-    text = f"""{HEAD} g (float[N,4] image) => (int64[M,2] places, float[N,4] y) {{
-      y = Add (image, w)
-      high = Greater (y, zero)
-      found = NonZero (high)
-      places = Transpose <perm = [1,0]> (found)
-    }}"""
-    zero = {"zero": np.zeros((), np.float32)}
-    teacher = tiny.with_weights(text, {"w": np.zeros(4, np.float32)} | zero)
-    student = tiny.with_weights(text, {"w": np.full(4, 0.5, np.float32)} | zero)
+DETECTOR = f"""{HEAD} g (float[N,4] image) => (int64[M,2] places, float[M] scores, float[N,4] y) {{
+  y = Add (image, w)
+  high = Greater (y, zero)
+  found = NonZero (high)
+  places = Transpose <perm = [1,0]> (found)
+  scores = GatherND (y, places)
+}}"""
+
+
+def detector(shift: float) -> onnx.ModelProto:
+    """Return what finds the numbers above zero, all of them moved by so much."""
+    return tiny.with_weights(DETECTOR, {"w": np.full(4, shift, np.float32), "zero": np.zeros((), np.float32)})
+
+
+def test_a_student_that_finds_more_or_fewer_than_the_teacher_has_no_bounded_error(measure) -> None:
+    """It passed --max-error, even where it detected nothing at all."""
     image = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 
-    found, warnings = measure(teacher, student, tiny.Shots({"image": image}))
+    found, warnings = measure(detector(0.0), detector(0.5), tiny.Shots({"image": image}))
 
-    places, y = found.outputs
-    assert (places.relative_l2, places.agreement) == (None, None)
-    assert y.relative_l2 == pytest.approx(0.5 * np.sqrt(24) / np.linalg.norm(image), rel=1e-5)
-    assert warnings == ["output 'places' is not compared: it is no tensor, or its length depends on the data"]
+    places, scores, y = found.outputs
+    runs = [(row > 0).sum() != (row + 0.5 > 0).sum() for row in image]
+    assert 0 < sum(runs) < 6
+    assert (scores.relative_l2, scores.max_abs, scores.compared) == (None, None, False)
+    # Of whole numbers those count as unequal that have no counterpart.
+    same = 2 * sum((row > 0).sum() for row, other in zip(image, runs, strict=True) if not other)
+    most = 2 * sum((row + 0.5 > 0).sum() for row in image)
+    assert (places.relative_l2, places.agreement) == (None, pytest.approx(100 * same / most)) and places.compared
+    assert y.relative_l2 == pytest.approx(0.5 * np.sqrt(24) / np.linalg.norm(image), rel=1e-5) and y.compared
+    text = f"the student's has another length than the teacher's in {sum(runs)} of 6 runs"
+    assert warnings == [f"output '{name}': {text}" for name in ("places", "scores")]
+    # They are the worst samples there are.
+    assert {shot.row for shot in found.worst if shot.relative_l2 is None} == set(np.flatnonzero(runs))
+
+
+def test_outputs_whose_length_depends_on_the_data_are_compared_where_it_is_the_same(measure) -> None:
+    image = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    image[np.abs(image) < 0.1] = 0.3
+
+    found, warnings = measure(detector(0.0), detector(0.05), tiny.Shots({"image": image}))
+
+    high = image[image > 0]
+    assert found.outputs[1].relative_l2 == pytest.approx(0.05 * np.sqrt(len(high)) / np.linalg.norm(high), rel=1e-4)
+    assert found.outputs[0].agreement == 100 and all(output.compared for output in found.outputs) and not warnings
+
+
+def test_what_is_no_tensor_is_named_and_not_compared(measure) -> None:
+    ports = "(float[N,4] image) => (seq(float[N,4]) all, float[N,4] y)"
+    text = f"{HEAD} g {ports} {{ y = Add (image, w) all = SequenceConstruct (y) }}"
+    proto = tiny.with_weights(text, {"w": np.zeros(4, np.float32)})
+    found, warnings = measure(proto, proto, tiny.Shots({"image": np.ones((3, 4), np.float32)}))
+    assert [output.compared for output in found.outputs] == [False, True]
+    assert warnings == ["output 'all' is not compared: it is no tensor"]
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_a_teacher_near_chance_has_no_accuracy_to_lose_so_agreement_is_judged(measure, one: bool) -> None:
+    """Its drop of accuracy was 0, and so any student passed: the folder above the images was taken for a class."""
+    teacher, student, shots = tiny.classifier(), tiny.classifier(noise=1.5), tiny.images(60)
+    t, s = (logits(model, shots).argmax(1) for model in (teacher, student))
+    labels = np.full(60, np.bincount(t, minlength=5).argmin()) if one else (t + 1) % 5
+
+    found, warnings = measure(teacher, student, tiny.Shots(shots.inputs, labels))
+
+    assert found.accuracy_teacher == pytest.approx(100 * np.mean(t == labels)) and found.accuracy_teacher < 20
+    assert (found.drop.of, found.drop.lost, found.drop.gained) == ("agreement", np.sum(t != s), 0)
+    assert found.drop.value == pytest.approx(100 * np.mean(t != s))
+    choices = 5 if one else len(np.unique(labels))
+    assert [f"near chance for {choices} classes, so its agreement" in text for text in warnings] == [True]
 
 
 def test_an_error_against_a_teacher_of_zeros_has_no_relative_size(measure) -> None:

@@ -48,8 +48,35 @@ def same_model(first: onnx.ModelProto, second: onnx.ModelProto) -> bool:
 def test_a_missing_file_and_a_folder_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model at"):
         read_proto(tmp_path / "none.onnx")
-    with pytest.raises(ModelError, match="no model at"):
+    with pytest.raises(ModelError, match="is a folder"):
         read_proto(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_a_mistake_in_the_model(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"1")
+
+    def locked(*_args, **_how):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(onnx, "load", locked)
+    with pytest.raises(ModelError, match=r"'.*a.onnx' cannot be read: Permission denied"):
+        read_proto(path)
+
+
+def test_what_git_lfs_has_not_fetched_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1234\n")
+    with pytest.raises(ModelError, match=r"Git LFS pointer(.|\n)*git lfs pull"):
+        read_proto(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+def test_a_model_of_pytorch_is_told_how_to_become_one(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(ModelError, match=r"torch\.onnx\.export"):
+        read_proto(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, I am no model", b"\x89PNG\r\n\x1a\n" + bytes(100)])

@@ -12,11 +12,7 @@ from reports import full_report, layer
 
 from xdonnx.errors import JobError, MachineError
 from xdonnx.publication import write_report
-from xdonnx.report import (
-    read_report,
-    schema,
-    tool,
-)
+from xdonnx.report import FileInfo, Files, preset_of, read_report, schema, tool
 from xdonnx.summary import summary
 
 # As the documentation of the command line lists them.
@@ -195,16 +191,45 @@ def test_nothing_in_a_report_can_be_changed() -> None:
 
 def test_the_summary_says_verdict_gates_figures_worst_layers_and_command() -> None:
     text = summary(full_report())
-    assert text.startswith("# xdonnx: rejected (exit code 3)\n")
+    assert text.startswith("# xdonnx: a.onnx: rejected (exit code 3)\n")
     assert "| max_drop | 2.00 points | 2.00 points | 1 points | **failed** |" in text
     assert "| bytes | 2,000 | 1,000 | 50.0 % |" in text
     assert "| top-1 accuracy | 90.00 % | 88.00 % |" in text
     assert "2.00 (-3.10 to 8.20 at 95 %)" in text
     assert "50 held-out samples can show" in text
     assert "```\nxdonnx compress 'my model.onnx' -o out.onnx\n```" in text
-    listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `conv")]
+    listed = [line.split(" ")[1] for line in text.splitlines() if line.startswith("| conv")]
     # A bar in a layer's name would open another column.
     assert listed == [f"conv\\|{number}" for number in (2, 5, 6, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        (r"a\|b", r"a\\\|b"),
+        ("<img src=x onerror=alert(1)>", r"\<img src=x onerror=alert(1)\>"),
+        ("a&lt;b", r"a\&lt;b"),
+        ("[x](http://y)", r"\[x\](http://y)"),
+        ("`a` *b* __init__", r"\`a\` \*b\* \_\_init\_\_"),
+        ("max_pool_2", "max_pool_2"),
+    ],
+)
+def test_a_name_means_nothing_to_markdown(name: str, written: str) -> None:
+    text = summary(full_report(layers=(layer(0, 0.5).model_copy(update={"layer": name}),), warnings=(name,)))
+    assert f"| {written} | Conv | 4 of 8 |" in text and f"\n- {written}\n" in text
+
+
+@pytest.mark.parametrize("preprocess", ["unit", ["unit"], {"preset": 3}, None])
+def test_a_job_in_words_of_another_tool_is_drawn_all_the_same(tmp_path: Path, preprocess: object) -> None:
+    report = full_report(job={"preprocess": preprocess})
+    drawn = write_report(report, tmp_path)
+    assert read_report(tmp_path) == report and "preset" not in drawn[3].read_text().split("</main>")[-1]
+    assert preset_of(full_report(job={"preprocess": {"preset": "unit"}})) == "unit"
+
+
+def test_a_report_with_a_byte_order_mark_reads(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(full_report().model_dump_json(), encoding="utf-8-sig")
+    assert read_report(tmp_path) == full_report()
 
 
 def test_the_summary_never_passes_sixty_lines() -> None:
@@ -218,6 +243,17 @@ def test_the_summary_never_passes_sixty_lines() -> None:
     )
     assert len(summary(report).splitlines()) <= 60
     assert "and 95 more" in summary(report)
+
+
+def test_a_summary_says_which_models_and_what_to_try_next() -> None:
+    pair = Files(
+        teacher=FileInfo(path="in/teacher.onnx", sha256="a", bytes=1),
+        student=FileInfo(path="out\\my|student.onnx", sha256="b", bytes=1),
+    )
+    text = summary(full_report(files=pair))
+    assert text.startswith("# xdonnx: teacher.onnx → my\\|student.onnx: rejected (exit code 3)\n")
+    assert "Next: remove less, give more samples, or try --preset-effort best.\n" in text
+    assert "Next:" not in summary(full_report(status="passed", exit_code=0))
 
 
 def test_a_report_of_a_job_that_failed_early_has_a_summary() -> None:

@@ -15,11 +15,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 import tiny
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from xdonnx.cost import measure_cost
 from xdonnx.errors import JobError, ModelError, ShotsError, VerifyError
-from xdonnx.gate import Gate
+from xdonnx.gate import Gate, rejudge
+from xdonnx.intervals import tango
 from xdonnx.publication import write_report
 from xdonnx.report import read_report, schema
 from xdonnx.runtime import answer, open_session
@@ -62,7 +63,7 @@ def test_a_damaged_student_is_rejected_for_its_drop(judged) -> None:
 
     assert (report.status, report.exit_code) == ("rejected", 3)
     (gate,) = report.gates
-    assert gate.value == round(100 - report.fidelity.accuracy_student, 2) > 5
+    assert gate.value == pytest.approx(100 - report.fidelity.accuracy_student) and gate.value > 5
     assert report.reasons == (f"max_drop: {gate.value:.2f} points, allowed at most 5 points",)
 
 
@@ -217,6 +218,41 @@ def test_few_samples_are_said_to_prove_little(judged) -> None:
     assert warnings(50, Gate(max_drop=2, confidence=0.8))[0].endswith("4.00 points from none (80 % confidence)")
     assert warnings(3, Gate()) == ("3 held-out samples cannot tell any drop from none (95 % confidence)",)
     assert warnings(50, Gate(max_drop=10)) == ()
+    # Where no limit says how fine the answer has to be, only what is coarse is worth a warning.
+    assert warnings(99, Gate()) == (
+        "99 held-out samples cannot tell a drop below 5.05 points from none (95 % confidence)",
+    )
+    assert warnings(100, Gate()) == ()
+
+
+def test_a_student_at_chance_level_is_the_first_of_the_warnings_unless_a_limit_says_so(judged) -> None:
+    shots = labelled(60)
+    ruined = tiny.classifier(noise=30.0)
+
+    report = judged(tiny.classifier(), ruined, shots, held_out=False)
+
+    drop = report.fidelity.drop
+    assert report.status == "passed" and drop.low > 5
+    assert report.warnings[0] == (
+        f"the student lost {drop.value:.2f} points of accuracy, at least {drop.low:.1f} (95 % confidence), and no "
+        "limit was set: --max-drop 1 rejects such a student; remove less, give more samples, or try "
+        "--preset-effort best"
+    )
+    assert not [line for line in judged(tiny.classifier(), ruined, shots, Gate(max_drop=99)).warnings if "lost" in line]
+    assert not [line for line in judged(tiny.classifier(), tiny.classifier(), shots).warnings if "lost" in line]
+
+
+def test_a_perfect_student_that_too_few_samples_prove_is_told_how_many_would_do(judged) -> None:
+    report = judged(tiny.classifier(), tiny.classifier(), labelled(100), Gate(max_drop=1, confidence=0.95))
+
+    (reason,) = report.reasons
+    assert reason.startswith("max_drop: 0.00 points (may be 3.94 points), allowed at most 1 points: 100 samples can")
+    assert reason.endswith("promise 3.9 points at best; about 500 that come out alike would do")
+    assert tango(0, 0, 500).high <= 1 < tango(0, 0, 400).high
+    assert rejudge(report, Gate(max_drop=1, confidence=0.95)).reasons == report.reasons
+    # What is lost for certain, more samples bring back as little as a limit of none at all.
+    lost = judged(tiny.classifier(), tiny.classifier(noise=1.5), labelled(80), Gate(max_drop=1, confidence=0.95))
+    assert "can promise" not in lost.reasons[0]
 
 
 def test_judging_on_the_samples_that_fitted_is_a_warning(judged) -> None:
@@ -285,7 +321,7 @@ def test_latencies_are_measured_for_both_and_judged(judged) -> None:
         assert (speed.provider, speed.threads, speed.batch) == ("CPUExecutionProvider", 1, 1)
         assert 7 <= speed.runs <= 200
     ratio = report.student.latency_ms.median / report.teacher.latency_ms.median
-    assert report.gates[0].value == round(ratio, 3) and report.exit_code == 0
+    assert report.gates[0].value == pytest.approx(ratio) and report.exit_code == 0
 
 
 def test_a_fixed_batch_is_timed_whole(judged) -> None:
@@ -325,6 +361,7 @@ def test_models_are_timed_in_turns_and_within_their_time(tmp_path: Path, monkeyp
     assert a.runs == b.runs < len(order) // 2 < 50
     assert 4 <= a.median < b.median and b.median >= 12
     assert a.batch == 2
+    assert a.ratio is None and 1 < b.ratio.low <= b.ratio.value <= b.ratio.high and b.ratio.confidence > 0.95
 
 
 def test_however_slow_seven_runs_are_timed_and_no_more_than_asked_for(tmp_path: Path) -> None:
@@ -347,6 +384,51 @@ def test_verifying_costs_no_torch() -> None:
     program += ";import sys; print([name for name in sys.modules if name.split('.')[0] in ('torch', 'onnx2torch')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_labels_of_one_class_are_warned_of(judged) -> None:
+    shots = tiny.images(60)
+    winners = answer(open_session(tiny.classifier()), shots.inputs)["logits"].argmax(1)
+    most = np.bincount(winners).argmax()
+    rows = np.flatnonzero(winners == most)
+    inputs = {name: values[rows] for name, values in shots.inputs.items()}
+
+    report = judged(tiny.classifier(), tiny.classifier(), tiny.Shots(inputs, winners[rows]))
+
+    assert report.fidelity.accuracy_teacher == 100 and report.fidelity.drop.of == "accuracy"
+    assert [f"all of {len(rows)} held-out samples have the same label" in text for text in report.warnings] == [
+        False,
+        True,
+    ]
+    assert not [text for text in judged(tiny.classifier(), tiny.classifier(), labelled(500)).warnings]
+
+
+def test_few_samples_are_said_to_tell_little_of_an_error(judged) -> None:
+    gate = Gate(max_error=100, confidence=0.9)
+    (bounded,) = (
+        text
+        for text in judged(tiny.classifier(), tiny.classifier(noise=0.3), tiny.images(9), gate).warnings
+        if "error" in text
+    )
+    assert bounded.startswith("the error on others is hardly known from 9 held-out samples: it may be ")
+    assert bounded.endswith(" (90 % confidence)")
+    report = judged(tiny.classifier(), tiny.classifier(noise=0.3), tiny.images(1), gate)
+    assert "hardly known from 1 held-out sample: nothing bounds it" in report.warnings[-1]
+    assert (report.exit_code, report.gates[0].bound) == (3, None)
+    many = judged(tiny.classifier(), tiny.classifier(noise=0.3), tiny.images(10), gate)
+    assert not [text for text in many.warnings if "error" in text]
+
+
+def test_what_no_answer_shows_is_told_before_anything_is_measured(judged, monkeypatch) -> None:
+    monkeypatch.setattr("xdonnx.verification.compare", lambda *_, **__: pytest.fail("measured"))
+    labels = np.array([0] * 19 + [5])
+    with pytest.raises(ShotsError, match="labels run from 0 to 5"):
+        judged(tiny.classifier(), tiny.classifier(), tiny.images(20, labels=labels))
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[N,3,6,6] image) => (int64[N,6,6] y) {'
+    proto = parser.parse_model(text + " y = ArgMax <axis = 1, keepdims = 0> (image) }")
+    for gate, says in ((Gate(max_drop=1), "no output classifies"), (Gate(max_error=1), "no output of floating")):
+        with pytest.raises(JobError, match=says):
+            judged(proto, proto, tiny.images(20), gate)
 
 
 def test_a_teacher_near_chance_is_warned_of(judged) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +26,16 @@ class Ended:
     err: str
 
 
-def call(*arguments: str | Path, width: int = 100) -> Ended:
-    """Run one command line."""
+def call(*arguments: str | Path, width: int = 100, environment: Mapping[str, str] | None = None) -> Ended:
+    """Run one command line, with these variables set besides."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setenv("COLUMNS", str(width))
         # Where the tests themselves run in a workflow, typer would colour the help.
         patch.delenv("GITHUB_ACTIONS", raising=False)
         patch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+        for name, value in (environment or {}).items():
+            patch.setenv(name, value)
         code = run([str(argument) for argument in arguments])
     return Ended(code, out.getvalue(), err.getvalue())
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -102,6 +104,16 @@ def report_is_a_file(here: Path) -> Arguments:
     return [TEACHER, *SHOTS, *OUT, "--report-dir", "notes"]
 
 
+def labels_for_samples(here: Path) -> Arguments:
+    (here / "labels.txt").write_text("0\n1\n2\n")
+    return [TEACHER, "--shots", "labels.txt", *OUT]
+
+
+def torch_file(here: Path) -> Arguments:
+    (here / "model.pt").write_bytes(b"PK\x03\x04" + bytes(50))
+    return ["model.pt", *SHOTS, *OUT]
+
+
 RANDOM = np.random.default_rng(0).random((10, 1, 16, 16)).astype(np.float32)
 HOLES = np.where(RANDOM > 0.5, RANDOM, np.float32(np.nan))
 
@@ -112,7 +124,7 @@ MISTAKES: list[tuple[str, Callable[[Path], Arguments], int, str]] = [
     ("external data missing", external_data_missing, 4, "Copy 'weights.bin'"),
     ("no convolution", no_convolution, 4, "no convolution"),
     ("rank", rank_that_no_image_fills, 5, "images cannot fill"),
-    ("no shots at all", lambda here: [TEACHER, *OUT], 2, "Pass --shots PATH"),
+    ("no shots at all", lambda here: [TEACHER, *OUT], 5, "Pass --shots PATH"),
     ("shots that are not there", lambda here: [TEACHER, "--shots", "none", *OUT], 5, "no shots at 'none'"),
     ("empty folder", empty_folder, 5, "'shots' is an empty folder"),
     ("one bad image", one_bad_image, 5, "broken.png"),
@@ -158,6 +170,13 @@ MISTAKES: list[tuple[str, Callable[[Path], Arguments], int, str]] = [
     ("device that is absent", teacher("--device", "cuda:9"), 8, "cuda:9"),
     ("device of no kind", teacher("--device", "gpu"), 2, "cuda:0"),
     ("out of reach", teacher("--macs", "0.1%"), 7, "out of reach"),
+    ("out of hardly any reach", teacher("--macs", "0.01%"), 7, "--macs 0.01% is out of reach"),
+    ("out of another kind", teacher("-o", "student.pt"), 2, "-o student.onnx"),
+    ("preset far from all", teacher("--preset", "mnist"), 2, "unknown --preset 'mnist'.\n"),
+    ("samples without their flag", lambda here: [TEACHER, "shots", *OUT], 2, "Samples go behind --shots."),
+    ("labels for samples", labels_for_samples, 5, "Pass --labels 'labels.txt'"),
+    ("PyTorch", torch_file, 4, "torch.onnx.export"),
+    ("a folder as the model", lambda here: [str(SAMPLES), *SHOTS, *OUT], 4, "is a folder"),
     ("nothing asked", teacher("--keep", "0.99", "--include", "/gate/gate.1/*"), 7, "every layer would keep"),
     ("patterns that leave nothing", teacher("--include", "/gate/gate.3/*"), 7, "Widen --include"),
 ]
@@ -176,6 +195,34 @@ def test_a_mistake_has_its_exit_code_and_one_message_and_leaves_nothing(
     assert ended.err.startswith("error: ") and ended.err.count("error: ") == 1 and says in ended.err
     assert "Traceback" not in ended.err and len(ended.err.splitlines()) <= 4
     assert listing(here) == before
+
+
+@pytest.mark.parametrize("text", ["[]", "no JSON", '{"schema_version": "1.0", "status": "fine"}'])
+def test_a_file_that_is_no_report_is_told_which_one_is(here: Path, text: str) -> None:
+    (here / "other.json").write_text(text)
+
+    ended = call("gate", "other.json", "--max-drop", "1", width=200)
+
+    assert ended.code == 2 and "Name the folder or the report.json" in ended.err.splitlines()[1]
+
+
+def test_a_file_that_may_not_be_read_is_told_from_a_damaged_one(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "held.npz").write_bytes(b"1")
+    whole, access = Path.open, os.access
+
+    def locked(path: Path, *arguments: Any, **how: Any) -> Any:
+        if path.name == "held.npz":
+            raise PermissionError(13, "Permission denied")
+        return whole(path, *arguments, **how)
+
+    monkeypatch.setattr(Path, "open", locked)
+    shots = call("verify", TEACHER, TEACHER, "--shots", "held.npz", width=200)
+    assert shots.code == 5 and "cannot be read: Permission denied.\n  Look at its permissions." in shots.err
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "held.npz" and access(path, mode))
+    monkeypatch.setattr("onnx.load", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    model = call("inspect", "held.npz", width=200)
+    assert model.code == 4 and "'held.npz' cannot be read: Permission denied." in model.err
 
 
 def test_a_damaged_report_is_no_report(here: Path) -> None:

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from program import SAMPLES, SHOTS, TEACHER, call
+from scipy import stats
 
 VGG = str(SAMPLES / "digits_vgg.onnx")
 
@@ -69,8 +70,26 @@ def test_the_band_holds_the_ratio_as_order_statistics_say() -> None:
         misses += not found.low <= 1.1 <= found.high
     assert 0 < misses <= 20
 
-    same = _timing(Path("m"), 0, np.ones((4, 2)), 1, "CPU")
+    same = _timing(Path("m"), 0, np.ones((6, 2)), 1, "CPU")
     assert (same.ratio, same.low, same.high, same.verdict) == (1, 1, 1, "no difference")
+
+
+@pytest.mark.parametrize("runs", [1, 3, 5, 6, 9, 10, 200])
+def test_of_fewer_than_six_runs_nothing_is_concluded(runs: int) -> None:
+    """The band of three runs, which holds the ratio in 75 cases of 100, was headed 95 % sure."""
+    from xdonnx_cli.benching import _timing
+
+    found = _timing(Path("m"), 0, np.ones((runs, 2)) * np.array([1.0, 2.0]), 1, "CPU")
+    # The true median lies between the k-th smallest and largest unless all but k - 1 votes fall on one side.
+    spans, trim = min(runs, 10), runs >= 10
+    assert found.confidence == pytest.approx(1 - 2 * stats.binom.cdf(trim, spans, 0.5))
+    assert found.verdict == ("slower" if runs >= 6 else "too few runs")
+
+
+def test_three_runs_are_shown_and_not_called_sure(here: Path) -> None:
+    few = call("bench", TEACHER, VGG, "--rounds", "3", width=80)
+    assert few.code == 0 and "sure" not in few.out and few.out.splitlines()[2].endswith("too few runs")
+    assert "95 % sure" in call("bench", TEACHER, VGG, "--rounds", "6", width=80).out
 
 
 def test_real_samples_are_fed_in_the_batch_that_is_asked_for(here: Path) -> None:

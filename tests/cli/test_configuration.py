@@ -12,7 +12,8 @@ from program import SAMPLES, TEACHER, Compressed, call
 
 from xdonnx.errors import JobError
 from xdonnx_cli.app import FLAGS
-from xdonnx_cli.configuration import from_environment, from_file, nearest
+from xdonnx_cli.configuration import from_environment, from_file
+from xdonnx_cli.searching import nearest
 
 JOB = f"""\
 model = '{TEACHER}'
@@ -91,7 +92,7 @@ def test_the_nearest_file_counts_and_the_search_ends_with_the_repository(here: P
 def test_the_search_ends_at_home(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "home" / "work").mkdir(parents=True)
     (here / "xdonnx.toml").write_text("seed = 1")
-    monkeypatch.setattr(Path, "home", lambda: here / "home")
+    monkeypatch.setenv("HOME", str(here / "home"))
 
     assert nearest(here / "home" / "work") is None and nearest(here) == here / "xdonnx.toml"
 

@@ -163,12 +163,12 @@ class Saved:
     values: dict[str, float]
 
 
-# The flag, the key of the report, and the last decimal that is shown and judged.
+# The flag, the key of the report, and a step that is far less than what is usually shown.
 GATES = [
-    ("--max-drop", "max_drop", 0.01),
-    ("--max-error", "max_error", 1e-6),
-    ("--min-shrink", "min_shrink", 1e-4),
-    ("--max-latency-ratio", "max_latency_ratio", 1e-3),
+    ("--max-drop", "max_drop", 1e-7),
+    ("--max-error", "max_error", 1e-9),
+    ("--min-shrink", "min_shrink", 1e-9),
+    ("--max-latency-ratio", "max_latency_ratio", 1e-8),
 ]
 LIMITS = ["--max-drop", "100", "--max-error", "100", "--min-shrink", "0", "--max-latency-ratio", "100"]
 
@@ -198,14 +198,14 @@ def saved(clock: None, tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def limit(saved: Saved, key: str, step: float) -> str:
-    return f"{saved.values[key] + step:.6f}"
+    return f"{saved.values[key] + step:.10f}"
 
 
-# The limit's distance from what was measured, in the last decimal, and whether an upper limit is kept there.
+# The limit's distance from what was measured, in steps, and whether an upper limit is kept there.
 @pytest.mark.parametrize(("off", "kept"), [(-1, False), (0, True), (1, True)], ids=["below", "at", "above"])
 @pytest.mark.parametrize(("flag", "key", "step"), GATES, ids=[key for _, key, _ in GATES])
 @pytest.mark.parametrize("command", ["compress", "verify", "gate"])
-def test_a_gate_is_kept_at_its_limit_and_broken_by_the_last_decimal_beyond(
+def test_a_gate_is_kept_at_its_limit_and_broken_by_the_least_beyond(
     saved: Saved, here: Path, command: str, flag: str, key: str, step: float, off: int, kept: bool
 ) -> None:
     passed = off <= 0 if key == "min_shrink" else kept
@@ -238,8 +238,7 @@ def judged(command: str, saved: Saved, limits: Sequence[str]) -> Ended:
 def test_with_a_confidence_the_bound_is_judged_by_every_command(saved: Saved, here: Path, command: str) -> None:
     assert saved.report.fidelity and saved.report.fidelity.drop
     drop = saved.report.fidelity.drop
-    # As the bound is shown: rounded to two decimals.
-    high, inside = f"{drop.high:.2f}", f"{(drop.value + drop.high) / 2:.2f}"
+    high, inside = f"{drop.high:.10g}", f"{(drop.value + drop.high) / 2:.2f}"
 
     assert judged(command, saved, ["--max-drop", inside]).code == 0
     assert judged(command, saved, ["--max-drop", inside, "--confidence", "95%"]).code == 3
@@ -281,5 +280,6 @@ def test_compress_rejects_a_student_that_is_better_for_nothing_unless_that_is_me
 
     allowed = call(*JOB, "--warn-only", flag)
     assert allowed.code == 0 and f"warning {name}" in allowed.out and (here / "student.onnx").exists()
-    # A saved report is asked the same again.
-    assert call("gate", here / "student.report", "--max-drop", "100").code == 3
+    # A saved report is asked the same again, and what only warned only warns.
+    again = call("gate", here / "student.report", "--max-drop", "100")
+    assert again.code == 0 and f"warning {name}" in again.out

@@ -26,6 +26,7 @@ FLAGS = {
     "gate": f"{LIMITS} --json -q --config",
     "bench": "--shots --input-shape --json --config",
     "report": "--html --junit --markdown -q -v",
+    "sweep": "--out -o --dry-run --schema --json --backend --jobs --address --trials -q -v --no-progress",
     "methods": "",
     "doctor": "--json",
     "init": "--force",
@@ -70,6 +71,10 @@ def test_version_is_that_of_the_project() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
     assert call("--version").out == f"xdonnx {project['version']}\n"
+
+
+def test_brackets_of_a_section_are_shown_and_taken_for_no_markup() -> None:
+    assert "[tool.xdonnx]" in call("compress", "--help", width=160).out
 
 
 def test_methods_come_with_paper_needs_options_and_advice() -> None:

@@ -120,6 +120,20 @@ def test_every_width_holds_every_layer(name: str, width: int) -> None:
     assert "of the MACs can be compressed" in " ".join(ended.out.split())
 
 
+@pytest.mark.parametrize("most", [14, 19, 25, 40])
+def test_names_that_begin_and_end_alike_are_shortened_to_what_differs(most: int) -> None:
+    """Six rows of a plan read /feature…tion_output_0, in a window of 80 columns."""
+    from xdonnx_cli.terminal import shortened
+
+    names = [f"/features/features.{n}/features.{n}.1/BatchNormalization_output_0" for n in (0, 1, 3, 4, 6, 17)]
+    short = shortened([*names, "logits"], most)
+
+    assert len(set(short.values())) == 7 and short["logits"] == "logits"
+    assert max(map(len, short.values())) <= most
+    for name in names:
+        assert short[name].strip("…") in name or "…" in short[name].strip("…")
+
+
 def test_names_of_a_hundred_layers_stay_apart_when_shortened() -> None:
     from xdonnx_cli.terminal import shortened
 

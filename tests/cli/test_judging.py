@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ import pytest
 from onnx import numpy_helper
 from program import SAMPLES, SHOTS, TEACHER, Compressed, call, listing
 
+from xdonnx.gate import Gate, rejudge
 from xdonnx.report import read_report
+from xdonnx_cli.flags import fraction
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,7 @@ def test_a_drop_is_measured_against_labels_and_else_against_the_teacher(damaged:
     ("arguments", "code", "says"),
     [
         ([TEACHER, "none.onnx", *SHOTS], 4, "no model at 'none.onnx'"),
-        ([TEACHER, TEACHER], 2, "Pass --shots PATH"),
+        ([TEACHER, TEACHER], 5, "Pass --shots PATH"),
         ([TEACHER, TEACHER, "--shots", "none"], 5, "no shots at 'none'"),
         ([TEACHER, TEACHER, *SHOTS, "--device", "gpu"], 2, "unknown device 'gpu'"),
         ([TEACHER, TEACHER, *SHOTS, "--device", "cuda:9"], 8, "xdonnx doctor"),
@@ -136,7 +140,8 @@ def test_mistakes_have_their_exit_codes(here: Path, arguments: list[str], code: 
         (["--min-shrink", "99%"], 3),
         (["--min-shrink", "99%", "--warn-only", "min-shrink"], 0),
         (["--min-shrink", "1"], 2),
-        (["--confidence", "0.9"], 2),
+        (["--confidence", "0.9"], 0),
+        (["--warn-only", "smaller"], 0),
         (["--strict", "--max-drop", "100"], 0),
         (["--strict", "--warn-only", "no-shrink"], 2),
     ],
@@ -149,6 +154,85 @@ def test_a_saved_report_is_judged_by_other_limits(compressed: Compressed, limits
     assert ended.code == code, ended.err
     assert ended.out.startswith({0: "PASSED", 3: "REJECTED", 2: ""}[code])
     assert listing(compressed.folder) == before
+
+
+def test_the_limits_of_a_report_can_be_judged_in_another_way(compressed: Compressed, here: Path) -> None:
+    """The advice to pass --warn-only smaller, which a rejection gives, ended as a usage error."""
+    saved = read_report(compressed.folder / "student.report")
+    assert saved.teacher is not None
+    larger = saved.model_copy(update={"student": saved.teacher})
+    Path("larger.json").write_text(rejudge(larger, Gate(strict=True, max_drop=50)).model_dump_json())
+
+    rejected = call("gate", "larger.json", width=200)
+    assert rejected.code == 3 and "--warn-only smaller" in rejected.out and "--warn-only removed" in rejected.out
+    some = call("gate", "larger.json", "--warn-only", "smaller", width=200)
+    assert some.code == 3 and "warning smaller" in some.out and "FAILED  removed" in some.out
+    both = call("gate", "larger.json", "--warn-only", "smaller", "--warn-only", "removed", "--json", "again.json")
+    assert both.code == 0 and "allowed at most 50 points" in both.out, "its own limits are judged too"
+    assert {gate.name: gate.level for gate in read_report("again.json").gates} == {
+        "max_drop": "fail", "smaller": "warn", "not_slower": "fail", "removed": "warn",
+    }  # fmt: skip
+    # By the far end of the interval.
+    assert call("gate", "again.json", "--confidence", "99.9%", "--json", "sure.json").code == 0
+    bound = {gate.name: gate for gate in read_report("sure.json").gates}["max_drop"].bound
+    assert saved.fidelity and saved.fidelity.drop and bound is not None and bound > saved.fidelity.drop.high
+
+    bare = saved.model_copy(update={"gates": ()})
+    Path("bare.json").write_text(bare.model_dump_json())
+    nothing = call("gate", "bare.json", "--warn-only", "smaller")
+    assert nothing.code == 2 and "there is none" in nothing.err
+
+
+@pytest.mark.parametrize("text", ["99.9%", "0.999", " 99.9 %", "95%", "29%", ".5%", "57.%"])
+def test_per_cent_are_decimals(text: str) -> None:
+    number = text.replace("%", "").strip()
+    assert fraction(text) == float(Decimal(number) / (100 if "%" in text else 1))
+
+
+def test_a_confidence_in_per_cent_is_the_same_as_a_fraction(here: Path) -> None:
+    """An error bounded at 99.9% could not be judged at 0.999, since 99.9 / 100 is 0.9990000000000001."""
+    asked = ["--confidence", "99.9%", "--max-error", "1", "--report-dir", "report"]
+    assert call("verify", TEACHER, TEACHER, *SHOTS, *asked).code == 0
+    assert call("gate", "report", "--confidence", "0.999", "--max-error", "1").code == 0
+    beyond = call("gate", "report", "--confidence", "0.9999999999999999", "--max-drop", "1")
+    assert beyond.code == 2 and "at most 0.999999" in beyond.err
+
+
+def test_a_folder_around_the_images_is_no_class(here: Path) -> None:
+    """All images were of class 0 without a word, and with a teacher that never says 0 any student passed."""
+    inner = Path("photos/batch1")
+    inner.mkdir(parents=True)
+    for number, file in enumerate(sorted((SAMPLES / "shots").glob("[1-9]/*.png"))):
+        shutil.copy(file, inner / f"{number}.png")
+    model = onnx.load(TEACHER)
+    for node in model.graph.node:
+        if node.op_type == "Gemm":
+            weight = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1].copy(), weight.name))
+    onnx.save(model, "student.onnx")
+
+    ended = call(
+        "verify", TEACHER, "student.onnx", "--shots", "photos", "--preset", "unit", "--max-drop", "1", "--json", "r"
+    )
+
+    assert ended.code == 3
+    report = read_report("r")
+    assert report.fidelity and report.fidelity.accuracy_teacher == 0 and report.fidelity.drop
+    assert report.fidelity.drop.of == "agreement" and report.fidelity.drop.value > 50
+    lines = {line.split()[0]: line for line in ended.out.splitlines() if line}
+    assert lines["agreement"].endswith("points") and not lines["accuracy"].endswith("points")
+    said = "\n".join(report.warnings)
+    assert "holds one sub-folder of images, so all of them are class 0; if it is no class, pass 'photos/batch1'" in said
+    assert "have the same label" in said and "its agreement with the student is judged" in said
+
+
+def test_a_summary_goes_to_github_without_a_folder_too(compressed: Compressed, here: Path) -> None:
+    folder = compressed.folder / "student.report"
+    for number, command in enumerate((["verify", TEACHER, TEACHER, *SHOTS], ["gate", folder, "--max-drop", "0"])):
+        ended = call(*command, environment={"GITHUB_STEP_SUMMARY": "step.md"})
+        assert ended.code in (0, 3)
+        assert Path("step.md").read_text().count("# xdonnx: ") == number + 1
+    assert sorted(listing(here)) == ["step.md"]
 
 
 def test_without_limits_the_gate_says_what_was_said(compressed: Compressed) -> None:

@@ -133,7 +133,7 @@ def test_a_file_that_exists_is_replaced_only_by_force(here: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["none.onnx", *SHOTS, "-o", "p.toml"], 4, "no model at 'none.onnx'"),
-        ([TEACHER, "-o", "p.toml"], 2, "Pass --shots PATH"),
+        ([TEACHER, "-o", "p.toml"], 5, "Pass --shots PATH"),
         ([TEACHER, "--shots", "none", "-o", "p.toml"], 5, "no shots at 'none'"),
         ([TEACHER, *SHOTS], 2, "Missing option '-o' / '--out'"),
         ([TEACHER, *SHOTS, "-o", "no/p.toml"], 2, "the folder of 'no/p.toml' does not exist"),

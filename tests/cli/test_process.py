@@ -35,6 +35,26 @@ assert "torch" not in sys.modules and "torchvision" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+def test_mistakes_in_names_and_numbers_do_not_wait_for_torch(tmp_path: Path) -> None:
+    """A mistyped method, or an OUT that exists, took as long as the import of torch."""
+    (tmp_path / "old.onnx").touch()
+    code = f"""
+import sys
+from xdonnx_cli.app import run
+for command in ("compress", "plan"):
+    start = [command, {TEACHER!r}, *{SHOTS!r}, "-o", "new"]
+    assert run([*start, "--macs", "0"]) == run([*start, "--structure", "chanel"]) == 2
+    assert run([*start[:-1], "old.onnx"]) == 2
+    assert run([command, "none.onnx", *start[2:]]) == 4
+job = ["compress", {TEACHER!r}, *{SHOTS!r}, "-o", "new.onnx"]
+assert run([*job, "--method", "cros"]) == run([*job, "--method", "cros", "--dry-run"]) == 2
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_job_that_is_stopped_while_it_fits_leaves_nothing(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     job = ["compress", TEACHER, *SHOTS, "-o", str(tmp_path / "student.onnx"), "--preset-effort", "best", "-v"]

@@ -34,6 +34,21 @@ def test_every_form_is_that_which_the_job_wrote(compressed: Compressed, saved: R
     assert sorted(listing(Path())) == ["a.html", "a.md", "a.xml", "report.json"]
 
 
+def test_a_verdict_without_a_limit_says_loudly_that_much_is_lost(saved: Report) -> None:
+    """A student at chance level was DONE like any other."""
+    assert saved.fidelity and saved.fidelity.drop
+    for low, loud in ((4.0, False), (60.0, True)):
+        drop = saved.fidelity.drop.model_copy(update={"value": 90.0, "low": low, "high": 95.0})
+        bad = saved.model_copy(
+            update={
+                "fidelity": saved.fidelity.model_copy(update={"drop": drop}),
+                "gates": tuple(gate for gate in saved.gates if gate.name != "max_drop"),
+            }
+        )
+        Path("bad.json").write_text(bad.model_dump_json())
+        assert ("MUCH IS LOST" in call("gate", "bad.json", "-q", width=200).out) is loud
+
+
 def test_the_exit_code_is_0_whatever_the_report_says(saved: Report) -> None:
     rejected = saved.model_copy(update={"status": "rejected", "exit_code": 3, "reasons": ("too bad",)})
     Path("bad.json").write_text(rejected.model_dump_json())
@@ -46,7 +61,7 @@ def test_the_exit_code_is_0_whatever_the_report_says(saved: Report) -> None:
 
 def test_a_dash_is_stdout(saved: Report) -> None:
     ended = call("report", "report.json", "--markdown", "-")
-    assert ended.code == 0 and ended.err == "" and ended.out.startswith("# xdonnx: passed (exit code 0)")
+    assert ended.code == 0 and ended.err == "" and ": passed (exit code 0)\n" in ended.out
 
     ended = call("report", "report.json", "--junit", "-", "--html", "page.html")
     assert [suite.name for suite in JUnitXml.fromstring(ended.out.encode())] == ["gates", "verification"]

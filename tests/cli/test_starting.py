@@ -183,13 +183,18 @@ def test_a_shell_is_offered_commands_flags_and_values(here: Path, line: str, som
     assert set(offered(line)) == some
 
 
-def test_a_shell_gets_the_script_that_asks_for_it() -> None:
-    ended = subprocess.run(
-        [*PROGRAM, "--show-completion"],
-        env=os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert "Traceback" not in ended.stderr
+def test_a_shell_gets_the_script_that_asks_for_it(here: Path) -> None:
+    """Which shell it is, the program reads from the processes above it: here from a bash that waits for it."""
+    asked = f'"{sys.executable}" -c "{PROGRAM[2]}" --show-completion; exit $?'
+
+    ended = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 0 and not ended.stderr, ended.stderr
+    (here / "script").write_text(ended.stdout)
+    taken = subprocess.run(["bash", "-c", "source ./script && complete -p xdonnx"], capture_output=True, text=True)
+    assert taken.returncode == 0 and taken.stdout.split()[-3:] == ["-F", "_xdonnx_completion", "xdonnx"]
+    # The script asks by the very variable that the answers above were asked by.
+    assert "_XDONNX_COMPLETE=complete_bash" in ended.stdout
     assert "--install-completion" in call("--help").out and "--show-completion" in call("--help").out
 
 

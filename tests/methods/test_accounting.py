@@ -22,6 +22,21 @@ def test_layers_give_the_reasons_that_inspect_gives(name: str) -> None:
             assert rows[seen.layer].note == seen.whole and seen.whole, seen.layer
 
 
+def test_layers_that_keep_their_single_weights_say_why() -> None:
+    """The report of --structure element passed over the first convolution and the classifier without a word."""
+    net = read_net(nets.build("residual"))
+    convolutions = [layer for layer in net.layers.values() if layer.op == "Conv"]
+    cut = {layer.weight: 0 * net.array(layer.weight) for layer in convolutions[1:]}
+
+    notes = {row.layer: row.note for row in layer_results(net, Outcome(Patch(tensors=cut)), "element")}
+
+    assert notes.pop(convolutions[0].name) == "the first convolution keeps its weights"
+    for layer in net.layers.values():
+        if layer is not convolutions[0]:
+            assert notes[layer.name] == ("" if layer.op == "Conv" else "single weights go from convolutions only")
+    assert any(notes.values())
+
+
 def test_a_job_that_may_cut_residual_streams_gives_no_stream_as_a_reason() -> None:
     net = read_net(nets.build("residual"))
     notes = {

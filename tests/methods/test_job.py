@@ -166,7 +166,7 @@ def test_synthetic_shots_are_reported_as_such(tmp_path: Path) -> None:
 
 
 def test_no_samples_at_all_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="no samples"):
+    with pytest.raises(ShotsError, match="no samples"):
         run(job(tmp_path, shots=()))
 
 

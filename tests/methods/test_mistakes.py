@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-from xdonnx.errors import JobError, XdonnxError
+from xdonnx.errors import JobError, ShotsError, XdonnxError
+from xdonnx.gate import Gate
+from xdonnx.images import Preprocess
 from xdonnx.job import Job, prepared
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -70,3 +73,38 @@ def test_one_may_stand_for_many_and_a_number_for_its_text() -> None:
     job = Job(**GOOD | {"method": "cross", "shots": "photos", "exclude": "stem*", "holdout": 0.25})
 
     assert (job.method, job.shots, job.exclude, job.holdout) == (("cross",), ("photos",), ("stem*",), "0.25")
+
+
+def regressor(folder: Path) -> Path:
+    """Return a model that makes images of images."""
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[N,1,16,16] image) => (float[N,4,16,16] y) {'
+    proto = onnx.parser.parse_model(text + " a = Conv <pads = [1,1,1,1]> (image, w)  b = Relu (a)  y = Conv (b, v) }")
+    generator = np.random.default_rng(0)
+    for name, shape in {"w": (8, 1, 3, 3), "v": (4, 8, 1, 1)}.items():
+        values = generator.normal(size=shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    onnx.save(proto, folder / "regressor.onnx")
+    return folder / "regressor.onnx"
+
+
+def test_a_limit_that_no_answer_of_the_model_shows_is_told_before_any_work(tmp_path: Path) -> None:
+    fields = GOOD | {"model": regressor(tmp_path), "out": tmp_path / "student.onnx"}
+    prepared(Job(**fields, gate=Gate(max_error=0.1)))
+    with pytest.raises(JobError, match=r"gate max_drop: no output classifies.*\n.*max_error"):
+        prepared(Job(**fields, gate=Gate(max_drop=1)))
+
+
+@pytest.mark.parametrize("row", [0, 99])
+def test_a_label_beyond_the_classes_is_told_before_any_work_wherever_it_is(tmp_path: Path, row: int) -> None:
+    """Of the samples that fitted it was never noticed, of those that judged only after all was done."""
+    with np.load(SAMPLES / "held_out.npz") as held:
+        arrays = {"images": held["images"][:100], "labels": held["labels"][:100].copy()}
+    arrays["labels"][row] = 10
+    np.savez(tmp_path / "shots.npz", **arrays)
+    out = tmp_path / "student.onnx"
+    for more in ({"shots": tmp_path / "shots.npz"}, {"holdout": tmp_path / "shots.npz"}):
+        with pytest.raises(ShotsError, match="labels run from 0 to 10, the model's classes to 9"):
+            prepared(Job(**GOOD | {"out": out, "preprocess": Preprocess("unit")} | more))
+    # Of a model without classes labels are no business.
+    fields = GOOD | {"model": regressor(tmp_path), "out": out, "shots": tmp_path / "shots.npz"}
+    prepared(Job(**fields, preprocess=Preprocess("unit")))

@@ -83,7 +83,7 @@ def test_a_method_of_ones_own_halves_the_macs_within_a_point(folder):
         int(x.replace(",", "")) for x in re.search(r"\| macs \| ([\d,]+) \| ([\d,]+) \|", printed).groups()
     )
     assert after <= before / 2
-    assert printed.startswith("# xdonnx: passed (exit code 0)")
+    assert printed.startswith("# xdonnx: digits_residual.onnx → median.onnx: passed (exit code 0)")
     assert right(SAMPLES / "digits_residual.onnx") - right(folder / "median.onnx") <= 4.5
 
 
@@ -95,6 +95,18 @@ def test_serve_counts_the_digits_that_teacher_and_student_name_rightly(folder):
     assert (folder / "student.onnx").stat().st_size < 0.6 * (SAMPLES / "digits_vgg.onnx").stat().st_size
 
 
+@pytest.mark.parametrize("name", ["03_inspect.py", "04_own_method.py"])
+def test_an_example_makes_the_folder_that_it_is_given(name, tmp_path):
+    run(name, tmp_path, tmp_path / "new" / "out")
+    assert list((tmp_path / "new" / "out").iterdir())
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_that_writes_makes_its_folder(path):
+    code = path.read_text()
+    assert "mkdir(parents=True, exist_ok=True)" in code or "report_dir=" in code
+
+
 def test_an_example_needs_no_folder(tmp_path):
     assert "exit code 0" in run("02_gate.py", tmp_path)
     assert not list(tmp_path.iterdir())
@@ -102,12 +114,33 @@ def test_an_example_needs_no_folder(tmp_path):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_is_short_and_the_folders_readme_names_it(path):
-    assert len(path.read_text().splitlines()) < 40
+    assert len(path.read_text().splitlines()) <= 40
     assert f"`{path.name}`" in (SAMPLES / "README.md").read_text()
 
 
+def pythons():
+    """Return the blocks of Python of the README."""
+    return re.findall(r"```python\n(.*?)```", (SAMPLES.parent / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readmes_file_of_samples_is_one_that_can_be_read(tmp_path):
+    (tmp_path / "code.py").write_text(pythons()[1])
+
+    run(tmp_path / "code.py", tmp_path)
+
+    with np.load(tmp_path / "held_out.npz") as data:
+        images, labels = data["images"], data["labels"]
+    assert (images.dtype, images.ndim, images.shape[3]) == (np.uint8, 4, 3) and len(labels) == len(images)
+
+
+def test_the_commands_of_the_readme_that_name_samples_write_files_of_different_names():
+    text = (SAMPLES.parent / "README.md").read_text()
+    outs = re.findall(r"^.*xdonnx (?:compress|plan) samples/.* -o (\S+)$", text, re.MULTILINE)
+    assert len(outs) >= 3 and len(set(outs)) == len(outs)
+
+
 def test_the_python_of_the_readme_runs_as_it_stands(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (SAMPLES.parent / "README.md").read_text(), re.DOTALL)
+    code = pythons()[0]
     (tmp_path / "samples").symlink_to(SAMPLES)
     (tmp_path / "code.py").write_text(code)
 

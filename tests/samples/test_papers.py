@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import xdonnx
+from xdonnx.sweep.identity import content
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PAPERS = SAMPLES / "papers"
@@ -182,7 +183,7 @@ def test_the_picture_opens_and_shows_a_line_for_each_method(done):
 
 def test_a_second_start_takes_no_runs(copied, capsys, monkeypatch):
     path, out = copied
-    monkeypatch.setattr(xdonnx, "run", lambda job: pytest.fail("a run was taken"))
+    monkeypatch.setattr(xdonnx, "run", lambda job, **_: pytest.fail("a run was taken"))
     before, table = (out / "runs.jsonl").read_bytes(), (out / "table.csv").read_bytes()
 
     assert script.start([str(path), "-o", str(out)]) == 0
@@ -240,7 +241,7 @@ def test_an_interrupt_says_what_is_done(copied, capsys, monkeypatch):
     whole = (out / "runs.jsonl").read_bytes().splitlines(keepends=True)
     (out / "runs.jsonl").write_bytes(b"".join(whole[:7]))
 
-    def interrupted(job):
+    def interrupted(job, **_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(xdonnx, "run", interrupted)
@@ -333,7 +334,7 @@ def test_a_run_is_known_by_its_options_and_the_contents_of_its_files(tmp_path):
     table = description.read_table(path)
 
     def keys(folder, **more):
-        description._content.cache_clear()
+        content.cache_clear()
         return [run.key for run in description.runs(table, path, tmp_path / folder, **more)]
 
     first = keys("one")
@@ -369,7 +370,7 @@ def test_a_run_that_fails_by_the_machine_is_told_and_tried_again(copied, capsys,
     path, out = copied
     (out / "runs.jsonl").write_bytes(b"")
 
-    def full(job):
+    def full(job, **_):
         raise xdonnx.MachineError("the disk is full")
 
     monkeypatch.setattr(xdonnx, "run", full)

@@ -109,6 +109,13 @@ def test_github_passes_a_good_student_and_stops_a_bad_one(
     assert (repository / "report/report.html").is_file()
 
 
+def test_github_verifies_only_where_there_is_a_student() -> None:
+    """A pull request that brought a teacher alone failed for want of a student."""
+    own = [step for step in load("github-actions.yml")["jobs"]["verify"]["steps"] if "run" in step]
+    assert [step.get("if") for step in own] == ["hashFiles(env.STUDENT) != ''"] * 2
+    assert "delete the one that you do not want" in (PIPELINES / "github-actions.yml").read_text().partition("name:")[0]
+
+
 def test_github_keeps_a_student_that_passes(repository: Path, program: Path) -> None:
     _, compress = steps("compress")
 

@@ -159,6 +159,43 @@ def test_a_model_that_wants_blue_first_is_found_by_its_labels_alone(tmp_path, or
         assert f"'{flags}' fits 48" in warnings[0] and "right on 100 % instead of 33 %" in warnings[0]
 
 
+DETECTOR = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[{batch},3,8,8] x) => (float[K,4] boxes, float[{batch},M] found, float[{batch},2] y) {{
+  c = Conv <pads = [1,1,1,1]> (x, w)  t = Transpose <perm = [0,2,3,1]> (c)
+  rows = Constant <value = int64[2] {{-1, 4}}> ()  boxes = Reshape (t, rows)
+  axes = Constant <value = int64[2] {{0, 2}}> ()
+  p = GlobalAveragePool (x)  f = Flatten (p)  y = Gemm (f, v)
+  high = Greater (x, zero)  places = NonZero (high)  one = Constant <value = int64[2] {{1, -1}}> ()
+  flat = Cast <to = 1> (places)  all = Reshape (flat, one)  found = Identity (all)
+}}"""
+
+
+@pytest.mark.parametrize("batch", ["N", "1"])
+@pytest.mark.parametrize("classifies", [True, False])
+def test_outputs_that_do_not_count_images_are_passed_over(tmp_path, batch, classifies):
+    """A detector with image shots ended as an internal error."""
+    proto = onnx.parser.parse_model(DETECTOR.format(batch=batch))
+    generator = np.random.default_rng(0)
+    for name, values in {
+        "w": generator.normal(size=(4, 3, 3, 3)),
+        "v": generator.normal(size=(3, 2)),
+        "zero": 0.5,
+    }.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values, np.float32), name))
+    if not classifies:
+        del proto.graph.output[2]
+    onnx.save(proto, tmp_path / "detector.onnx")
+    images = generator.integers(0, 256, (20, 8, 8, 3), np.uint8)
+
+    verdict, warnings = checked(tmp_path / "detector.onnx", images, Preprocess("unit"))
+
+    assert warnings == []
+    # The output that classifies is evidence whatever stands beside it.
+    assert (verdict is not None) is classifies
+    if classifies:
+        assert verdict.used.confidence is not None and verdict.used.mismatch is None
+
+
 def test_there_is_nothing_to_check_in_numbers_in_several_inputs_or_in_a_few_images(tmp_path, digits):
     proto, session = read_proto(SAMPLES / "digits_vgg.onnx"), open_session(SAMPLES / "digits_vgg.onnx")
     ports = interface(proto).inputs

@@ -69,6 +69,12 @@ def test_two_sub_folders_for_one_class(tmp_path):
     refused(tmp_path, "2 sub-folders for class 7", "'07'")
 
 
+def test_classes_that_are_numbers_beside_some_that_are_words(tmp_path):
+    for name in ("0", "1", "10", "2", "other"):
+        noise(tmp_path / name / "a.png")
+    refused(tmp_path, "by numbers, '0', '1', '10', '2', and by words, 'other'", "--labels")
+
+
 def test_a_file_of_no_known_kind(tmp_path):
     (tmp_path / "x.csv").write_text("1,2")
     refused(tmp_path / "x.csv", "is nothing that shots are read from")
@@ -129,6 +135,14 @@ def test_an_npy_for_two_inputs(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((2, 3)))
     ports = (Port("a", "float32", ("N", 3)), Port("b", "float32", ("N", 3)))
     refused(tmp_path / "x.npy", "holds one array without a name", "'a', 'b'", ports=ports)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".png"])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path, suffix):
+    """An .npz that was not fetched was said to hold pickled Python objects."""
+    path = tmp_path / f"shots{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1234\n")
+    refused(path, "Git LFS pointer", "git lfs pull", "lfs: true")
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz"])

@@ -64,6 +64,14 @@ def test_test_data_is_what_the_graph_takes_and_never_preprocessed(tmp_path):
     np.testing.assert_array_equal(shots.inputs["image"], pixels)
 
 
+def test_pixels_as_test_data_of_a_graph_that_takes_floats_are_refused(tmp_path):
+    """They were fed as 0-255, whatever the preset, while the same array as .npz was preprocessed."""
+    tensor(tmp_path / "input_0.pb", np.random.default_rng(0).integers(0, 256, (1, 3, 4, 4), np.uint8))
+
+    with pytest.raises(ShotsError, match=r"takes float32; the test data of (.|\n)*uint8 \(1, 3, 4, 4\)(.|\n)*as .npz"):
+        read(tmp_path, Port("image", "float32", (1, 3, 4, 4)))
+
+
 def test_one_input_of_several_comes_from_test_data_and_the_other_from_an_array(tmp_path):
     tensor(tmp_path / "data" / "input_0.pb", np.array([[1, 2, 3]]))
     np.save(tmp_path / "left.npy", np.array([[4.0, 5.0]]))
@@ -175,3 +183,32 @@ def test_a_file_cut_short_is_named_or_left_out(tmp_path):
         read(tmp_path, port)
     shots = read_shots([str(tmp_path)], [port], Preprocess(), skip_bad=True)
     assert shots.ids == ("a.jpg", "c.jpg") and shots.skipped == ("b.jpg",)
+
+
+def heard(path, *ports, **options):
+    events = []
+    read_shots([str(path)], ports, Preprocess(**options), log=events.append)
+    return [event.text for event in events if event.level == "warning"]
+
+
+@pytest.mark.parametrize("key", ["label", "y"])
+def test_labels_under_another_key_are_spoken_of(tmp_path, key):
+    np.savez(tmp_path / "x.npz", images=np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), **{key: np.zeros(1, int)})
+    (text,) = heard(tmp_path / "x.npz", Port("image", "float32", ("N", 3, 4, 4)))
+    assert f"left aside '{key}'" in text and "'labels'" in text
+
+
+def test_other_keys_beside_labels_are_no_warning(tmp_path):
+    images, labels = np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), np.zeros(1, int)
+    np.savez(tmp_path / "x.npz", images=images, labels=labels, names=labels)
+    assert heard(tmp_path / "x.npz", Port("image", "float32", ("N", 3, 4, 4))) == []
+
+
+@pytest.mark.parametrize(
+    ("scale", "preset", "warned"), [(255, "unit", True), (255, "raw", False), (1, "unit", False), (300, "unit", False)]
+)
+def test_floating_images_that_look_like_pixels_are_warned_of(tmp_path, scale, preset, warned):
+    images = np.linspace(0, scale, 48, dtype=np.float32).reshape(1, 3, 4, 4)
+    np.savez(tmp_path / "x.npz", images=images if scale == 1 else images.round(), labels=np.zeros(1, int))
+    texts = heard(tmp_path / "x.npz", Port("image", "float32", ("N", 3, 4, 4)), preset=preset)
+    assert bool(texts) is warned and all("Save pixels as uint8" in text for text in texts)

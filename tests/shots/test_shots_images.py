@@ -260,6 +260,20 @@ def test_samples_without_an_eight_bit_range_are_refused(tmp_path):
         open_image(tmp_path / "i.tif")
 
 
+def test_32_bit_samples_up_to_255_are_refused_and_dark_16_bit_ones_are_not(tmp_path):
+    """Taken for 16 bits, a TIFF of 32 with values up to 255 was black."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4))
+    Image.fromarray(pixels.astype(np.int32)).save(tmp_path / "i.tif")
+    Image.fromarray(np.zeros((5, 4), np.int32)).save(tmp_path / "black.tif")
+    Image.fromarray(pixels.astype(np.uint16)).save(tmp_path / "dark.png")
+    (tmp_path / "dark.pgm").write_bytes(b"P5 4 5 65535 " + pixels.astype(">u2").tobytes())
+
+    with pytest.raises(ShotsError, match="32 bits up to 255"):
+        open_image(tmp_path / "i.tif")
+    for name in ("black.tif", "dark.png", "dark.pgm"):
+        assert open_image(tmp_path / name).max() <= 1
+
+
 def test_images_are_turned_upright_as_their_exif_says(tmp_path):
     pixels = np.zeros((4, 6, 3), np.uint8)
     pixels[:, 0] = 255

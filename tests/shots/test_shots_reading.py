@@ -58,6 +58,47 @@ def test_sub_folders_called_by_numbers_are_those_classes(tmp_path):
     assert shots.classes is None
 
 
+@pytest.mark.parametrize("stray", ["__MACOSX/0/._a.png", "logs/run.txt", "notes/deep/er.md", "empty/", ".cache/x.png"])
+def test_a_folder_without_images_renumbers_no_class(tmp_path, stray):
+    """Folders 0 to 11 and one that an archive left: 10 became class 2, 2 became 4, and nobody was told."""
+    for k in range(12):
+        paint(tmp_path / str(k) / "a.png", k)
+    (tmp_path / stray).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / stray).mkdir() if stray.endswith("/") else (tmp_path / stray).write_text("no image")
+
+    shots = read(tmp_path)
+
+    assert sorted(shots.labels.tolist()) == list(range(12)) and shots.classes is None
+    assert shots.labels.tolist() == shades(shots)
+
+
+def test_among_words_an_empty_folder_is_a_class_and_is_said_to_be_and_one_of_other_files_is_none(tmp_path):
+    for name, value in {"ant/a.png": 1, "cat/a.png": 2, "eel/a.png": 3}.items():
+        paint(tmp_path / name, value)
+    for name in ("bird", "fox", "dates"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "dates" / "x.csv").write_text("1")
+    (tmp_path / "__MACOSX" / "ant").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "ant" / "._a.png").write_bytes(b"what an archive left")
+    events = []
+
+    shots = read(tmp_path, log=events.append)
+
+    assert shots.labels.tolist() == [0, 2, 3] and shots.classes == ("ant", "bird", "cat", "eel", "fox")
+    (warning,) = [event.text for event in events if event.level == "warning"]
+    assert "'bird' is counted as a class and empty" in warning, "fox decides no other class's number"
+    assert any("dates/x.csv" in event.text for event in events)
+
+
+def test_labels_from_elsewhere_ask_nothing_of_folders(tmp_path):
+    for name in ("7/a.png", "cat/b.png"):
+        paint(tmp_path / "x" / name, 3)
+    (tmp_path / "labels.txt").write_text("a.png 4\nb.png 5")
+
+    assert read(tmp_path / "x", labels=tmp_path / "labels.txt").labels.tolist() == [4, 5]
+    assert read(tmp_path / "x", labels=np.array([4, 5])).labels.tolist() == [4, 5]
+
+
 def test_loose_images_have_no_labels_and_other_files_are_left_aside_aloud(tmp_path):
     for k in (3, 1, 2):
         paint(tmp_path / f"{k}.png", k)
@@ -212,10 +253,11 @@ def test_bad_images_are_left_out_on_request_with_their_labels_and_named(tmp_path
     events = []
 
     shots = read(tmp_path / "x", labels=tmp_path / "labels.txt", skip_bad=True, log=events.append)
+    array = read(tmp_path / "x", labels=np.array([5, 6, 7, 8]), skip_bad=True)
 
     assert shots.skipped == ("1.png",)
     assert shots.ids == ("0.png", "2.png", "3.png") and shades(shots) == [0, 2, 3]
-    assert shots.labels.tolist() == [5, 7, 8]
+    assert shots.labels.tolist() == array.labels.tolist() == [5, 7, 8]
     warning = next(event for event in events if event.level == "warning")
     assert "left out 1 of 4" in warning.text and "'1.png' (0 bytes)" in warning.text
 

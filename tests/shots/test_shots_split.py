@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from xdonnx.errors import JobError, ShotsError
 from xdonnx.model import Port
-from xdonnx.shots import Shots, split, synthetic
+from xdonnx.samples import synthetic
+from xdonnx.shots import Shots, split
 
 
 def make(labels=None, count=None, classes=None):

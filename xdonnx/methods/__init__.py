@@ -82,6 +82,16 @@ def available() -> dict[str, Entry]:
     return found
 
 
+def named(name: str) -> Entry:
+    """Return the row of a method; raises JobError where there is none."""
+    table = available()
+    if name not in table:
+        near = get_close_matches(name, table, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise JobError(f"unknown method '{name}'.{hint}\n  Methods: {', '.join(table)}.")
+    return table[name]
+
+
 def make(name: str, options: Mapping[str, Any]) -> Any:
     """Return a method with the options that it has; options of other methods are passed over.
 
@@ -90,12 +100,7 @@ def make(name: str, options: Mapping[str, Any]) -> Any:
     JobError
         There is no such method.
     """
-    table = available()
-    if name not in table:
-        near = get_close_matches(name, table, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise JobError(f"unknown method '{name}'.{hint}\n  Methods: {', '.join(table)}.")
-    module, _, attribute = table[name].target.partition(":")
+    module, _, attribute = named(name).target.partition(":")
     kind = getattr(importlib.import_module(module), attribute)
     known = {field.name for field in fields(kind)}
     return kind(**{key: value for key, value in options.items() if key in known})
