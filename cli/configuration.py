@@ -183,8 +183,8 @@ def explained(text: str, settings: Settings) -> str:
 
 def _replaced(lower: Mapping[str, Setting], higher: Mapping[str, Setting]) -> dict[str, Setting]:
     flags = {name: setting.flag for name, setting in {**lower, **higher}.items()}
-    values = ({name: setting.value for name, setting in place.items()} for place in (lower, higher))
-    gone = void(*values, flags)
+    low, high = ({name: setting.value for name, setting in place.items()} for place in (lower, higher))
+    gone = void(low, high, flags)
     return {name: setting for name, setting in lower.items() if name not in gone}
 
 
