@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from xdonnx.figures import amount
 from xdonnx_cli.flags import SWITCH, Sizes, output, running
-from xdonnx_cli.terminal import amount, bullets, heading, plain_table, room, say, shortened, stdout
+from xdonnx_cli.terminal import bullets, heading, plain_table, room, say, shortened, stdout
 
 if TYPE_CHECKING:
     from xdonnx.survey import LayerSurvey, Survey

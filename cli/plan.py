@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from xdonnx_cli.terminal import amount, heading, percent, plain_table, room, shortened
+from xdonnx.figures import amount
+from xdonnx_cli.terminal import heading, percent, plain_table, room, shortened
 
 if TYPE_CHECKING:
     from xdonnx.job import Job, Prepared

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xdonnx.errors import JobError, MachineError
+from xdonnx.figures import amount
 from xdonnx_cli.flags import SWITCH, output, running
-from xdonnx_cli.terminal import amount, beside, say, stderr, stdout
+from xdonnx_cli.terminal import beside, say, stderr, stdout
 
 if TYPE_CHECKING:
     from xdonnx.report import Report

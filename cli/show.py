@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from xdonnx.figures import amount
 from xdonnx.gate import STRICT, heavy_loss
 from xdonnx.report import Figures, GateResult, LayerResult, Report, gate_line, gist, preset_of
-from xdonnx_cli.terminal import amount, beside, bullets, heading, percent, plain_table, room, say, shorten, shortened
+from xdonnx_cli.terminal import beside, bullets, heading, percent, plain_table, room, say, shorten, shortened
 
 _COLOURS = {"passed": "bold green", "rejected": "bold red", "failed": "bold red"}
 # Layers that are listed: those of the largest error left.

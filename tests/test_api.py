@@ -26,18 +26,6 @@ OTHER = str(SAMPLES / "digits_vgg.onnx")
 UNIT = xdonnx.Preprocess("unit")
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    with np.load(SAMPLES / "held_out.npz") as held:
-        return held["images"], held["labels"]
-
-
 # The same students
 
 

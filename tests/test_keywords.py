@@ -99,18 +99,6 @@ def typed(name: str) -> list[str]:
     return [part for text in texts for part in (flag, text)] or [flag]
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    with np.load(SAMPLES / "held_out.npz") as held:
-        return held["images"], held["labels"]
-
-
 @pytest.mark.parametrize(("command", "kind"), [(compress_command, CompressOptions), (verify_command, VerifyOptions)])
 def test_every_flag_has_a_keyword_of_its_name_and_no_keyword_is_without_a_flag(command: Any, kind: type) -> None:
     keywords = set(kind.__annotations__) - WHOLE

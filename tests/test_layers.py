@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "xdonnx"
 ROWS = [
-    {"errors", "events", "files"},
+    {"errors", "events", "files", "figures"},
     {
         "model",
         "prepare",
@@ -51,7 +51,7 @@ TORCH_FREE = {
     "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verification", "fidelity", "patch", "budget",
     "worst", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths", "planfile",
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
-    "tensors", "samples", "judging", "files",
+    "tensors", "samples", "judging", "files", "figures",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from xdonnx.figures import amount
 from xdonnx.plot import error_text, plot
 from xdonnx.report import (
     AT_LEAST,
@@ -81,15 +82,6 @@ def _when(started: str) -> str:
         return started
 
 
-def _amount(number: float, unit: str = "") -> str:
-    """Return a count in three digits: 4.19 M, 188 k, 12."""
-    for step, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= step:
-            digits = f"{number / step:#.3g}" if number < 1000 * step else f"{number / step:.0f}"
-            return f"{digits.rstrip('.')} {prefix}{unit}"
-    return f"{number:.0f} {unit}".rstrip()
-
-
 def _percent(after: float, before: float) -> str:
     return f"{100 * after / before:.1f} %" if before else "–"
 
@@ -104,7 +96,7 @@ def _tiles(report: Report) -> Iterator[dict[str, str]]:
     if teacher and student:
         for name, label, unit in (("macs", "MACs", ""), ("bytes", "file size", "B")):
             before, after = getattr(teacher, name), getattr(student, name)
-            yield tile(label, _percent(after, before), f"{_amount(before, unit)} → {_amount(after, unit)}")
+            yield tile(label, _percent(after, before), f"{amount(before, unit)} → {amount(after, unit)}")
         a, b = teacher.latency_ms, student.latency_ms
         if a and b:
             yield tile("latency", _percent(b.median, a.median), f"{a.median:.3g} → {b.median:.3g} ms")
@@ -252,8 +244,8 @@ def _layer(layer: LayerResult) -> dict[str, str]:
         "name": layer.layer,
         "op": layer.op,
         "kept": f"{layer.kept:,} of {layer.units:,}",
-        "params": f"{_amount(layer.params_before)} → {_amount(layer.params_after)}",
-        "macs": " → ".join(map(_amount, macs)),
+        "params": f"{amount(layer.params_before)} → {amount(layer.params_after)}",
+        "macs": " → ".join(map(amount, macs)),
         "before": error_text(layer.objective_before),
         "after": error_text(layer.objective_after),
         "note": layer.note,

@@ -31,7 +31,7 @@ _NO_BOUND = "no bound"
 
 # A report is written whole or not at all: a key that is not in the schema, or a number that JSON cannot hold,
 # is our mistake. Readers of the schema must live with keys to come, so it does not forbid them.
-_STRICT = ConfigDict(
+STRICT = ConfigDict(
     frozen=True,
     extra="forbid",
     allow_inf_nan=False,
@@ -42,7 +42,7 @@ _STRICT = ConfigDict(
 class Tool(BaseModel):
     """What made the report; None for a package that is not installed."""
 
-    model_config = _STRICT
+    model_config = STRICT
     name: str = "xdonnx"
     version: str
     onnx: str | None
@@ -53,7 +53,7 @@ class Tool(BaseModel):
 class FileInfo(BaseModel):
     """A file that went in or came out. For shots: the arrays as they were fed, and where they came from."""
 
-    model_config = _STRICT
+    model_config = STRICT
     path: str
     sha256: str
     bytes: int
@@ -62,7 +62,7 @@ class FileInfo(BaseModel):
 class Files(BaseModel):
     """The files of the job."""
 
-    model_config = _STRICT
+    model_config = STRICT
     teacher: FileInfo | None = None
     student: FileInfo | None = None
     shots: FileInfo | None = None
@@ -71,7 +71,7 @@ class Files(BaseModel):
 class LatencyRatio(BaseModel):
     """How many times as slow a model is as another, timed in turns with it, and the band that noise leaves."""
 
-    model_config = _STRICT
+    model_config = STRICT
     value: float
     low: float
     high: float
@@ -81,7 +81,7 @@ class LatencyRatio(BaseModel):
 class Latency(BaseModel):
     """Milliseconds of one run in onnxruntime, of `batch` samples; `threads` 0 is onnxruntime's own choice."""
 
-    model_config = _STRICT
+    model_config = STRICT
     median: float
     q1: float
     q3: float
@@ -95,7 +95,7 @@ class Latency(BaseModel):
 class Figures(BaseModel):
     """What one model costs. Bytes are those of the file with its external data; MACs are those of one run."""
 
-    model_config = _STRICT
+    model_config = STRICT
     bytes: int
     params: int
     nonzero: int
@@ -106,7 +106,7 @@ class Figures(BaseModel):
 class Drop(BaseModel):
     """Points of accuracy that the student lost; of agreement with the teacher where labels are none or say nothing."""
 
-    model_config = _STRICT
+    model_config = STRICT
     value: float
     low: float
     high: float
@@ -125,7 +125,7 @@ class OutputError(BaseModel):
     `agreement`, the percentage of equal elements, is for outputs that are no floating-point numbers.
     """
 
-    model_config = _STRICT
+    model_config = STRICT
     name: str
     relative_l2: float | None
     low: float | None = None
@@ -144,7 +144,7 @@ class OutputError(BaseModel):
 class Answer(BaseModel):
     """The class that a model puts first, and the number that it gives it; None where that is not finite."""
 
-    model_config = _STRICT
+    model_config = STRICT
     top: int
     name: str = Field("", description="of the class, where folders named the classes")
     score: float | None
@@ -153,7 +153,7 @@ class Answer(BaseModel):
 class WorstShot(BaseModel):
     """A sample on which the student is far from the teacher."""
 
-    model_config = _STRICT
+    model_config = STRICT
     sample: str = Field(description="where it came from")
     row: int = Field(description="its place among the samples that judged, from 0")
     label: int | None = None
@@ -167,7 +167,7 @@ class WorstShot(BaseModel):
 class Fidelity(BaseModel):
     """How the student answers compared with the teacher. Agreement and accuracy are per cent of the samples."""
 
-    model_config = _STRICT
+    model_config = STRICT
     samples: int
     held_out: bool = Field(description="whether none of the samples was used to fit the student")
     top1_agreement: float | None = None
@@ -190,7 +190,7 @@ class GateResult(BaseModel):
     zero throughout and the student's is not, or has another length, or too few samples bound nothing.
     """
 
-    model_config = _STRICT
+    model_config = STRICT
     name: str
     value: float | None
     bound: float | None
@@ -203,7 +203,7 @@ class GateResult(BaseModel):
 class LayerResult(BaseModel):
     """What became of one layer, named by the value it produces."""
 
-    model_config = _STRICT
+    model_config = STRICT
     layer: str
     op: str
     kept: int
@@ -221,7 +221,7 @@ class LayerResult(BaseModel):
 class InterfaceCheck(BaseModel):
     """'same', or a line for each difference; the doc string counts as metadata."""
 
-    model_config = _STRICT
+    model_config = STRICT
     inputs: Literal["same"] | tuple[str, ...] = "same"
     outputs: Literal["same"] | tuple[str, ...] = "same"
     opset: Literal["same"] | tuple[str, ...] = "same"
@@ -231,7 +231,7 @@ class InterfaceCheck(BaseModel):
 class Report(BaseModel):
     """Everything that a job found out."""
 
-    model_config = _STRICT
+    model_config = STRICT
     schema_version: str = SCHEMA_VERSION
     status: Literal["passed", "rejected", "failed"]
     exit_code: int

@@ -1,18 +1,9 @@
-"""An empty folder to work in, and one good run that several tests look at."""
+"""One good run that several tests look at."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from program import SAMPLES, SHOTS, TEACHER, Compressed, call
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return an empty folder, which is the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture(scope="session")

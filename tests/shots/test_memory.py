@@ -27,12 +27,6 @@ FREE = (Port("image", "float32", (None, 3, None, None)),)
 UNIT = Preprocess("unit")
 
 
-@pytest.fixture(scope="module")
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    with np.load(Path(__file__).parents[2] / "samples" / "held_out.npz") as held:
-        return held["images"], held["labels"]
-
-
 def read(held: Any, ports: tuple[Port, ...] = PORT, preprocess: Preprocess = UNIT, **how: Any) -> Shots:
     """Return all that is held, read."""
     found = gather(held, ports, preprocess, **how)

@@ -69,7 +69,7 @@ def _least_missed(net: Net, group: Group, problems: list[tuple[Quadratic, Tensor
         return [int(label) for label, stay in zip(group.ids, stays, strict=True) if not stay]
     score = np.zeros(len(group.ids))
     for quadratic, teacher, channel in problems:
-        energy = (teacher @ quadratic.hess * teacher).sum((0, 1)) / quadratic.const.sum().clamp(min=1e-30)
+        energy = (quadratic.lin * teacher).sum((0, 1)) / quadratic.const.sum().clamp(min=1e-30)
         for unit in range(len(group.ids)):
             score[unit] += float(energy[channel.columns == unit].sum())
     if not problems:

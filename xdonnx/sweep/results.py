@@ -10,10 +10,10 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from xdonnx.errors import MachineError
-from xdonnx.report import FileInfo, Tool
+from xdonnx.report import STRICT, FileInfo, Tool
 from xdonnx.sweep.front import COSTS, QUALITIES, Point, Spread
 from xdonnx.sweep.options import told
 from xdonnx.sweep.records import Record
@@ -25,18 +25,11 @@ Status = Literal["passed", "rejected", "failed", "refused", "waiting"]
 TITLES = {"macs": "MACs", "bytes": "bytes", "weights": "weights", "latency": "latency"}
 STAR = "★"
 
-_STRICT = ConfigDict(
-    frozen=True,
-    extra="forbid",
-    allow_inf_nan=False,
-    json_schema_extra=lambda schema: schema.pop("additionalProperties", None),
-)
-
 
 class Mean(BaseModel):
     """A mean over seeds and the standard deviation between them (n - 1), which one alone does not have."""
 
-    model_config = _STRICT
+    model_config = STRICT
     mean: float
     std: float | None = None
 
@@ -44,7 +37,7 @@ class Mean(BaseModel):
 class TeacherResult(BaseModel):
     """A model of the sweep; its figures are those of the first trial that measured them."""
 
-    model_config = _STRICT
+    model_config = STRICT
     name: str
     file: FileInfo
     macs: int | None = None
@@ -57,7 +50,7 @@ class TeacherResult(BaseModel):
 class TrialResult(BaseModel):
     """A job. Costs are shares of the teacher's; accuracy and agreement are per cent, the error is relative L2."""
 
-    model_config = _STRICT
+    model_config = STRICT
     key: str
     folder: str = Field(description="below the folder of the sweep: report.json, and the student where it is kept")
     model: str
@@ -82,7 +75,7 @@ class TrialResult(BaseModel):
 class PointResult(BaseModel):
     """Trials that differ by their seeds alone."""
 
-    model_config = _STRICT
+    model_config = STRICT
     model: str
     choices: dict[str, Any]
     trials: tuple[str, ...] = Field(description="their keys")
@@ -96,7 +89,7 @@ class PointResult(BaseModel):
 class SweepResults(BaseModel):
     """Everything that a sweep found out."""
 
-    model_config = _STRICT
+    model_config = STRICT
     schema_version: str = SCHEMA_VERSION
     title: str
     status: Literal["complete", "interrupted"]
