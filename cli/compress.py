@@ -19,8 +19,8 @@ from xdonnx_cli.progress import told
 from xdonnx_cli.wanted import check_cheaply, fields, library
 
 if TYPE_CHECKING:
-    from xdonnx.job import Job
     from xdonnx.report import Report
+    from xdonnx.wanted import Job
 
 
 _EXTERNAL = "auto, always or never: weights in OUT.data beside the file. auto: past 2 GiB."

@@ -134,7 +134,7 @@ def jobs(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         raise Stop
 
     monkeypatch.setattr(xdonnx.job, "run", caught)
-    monkeypatch.setattr(xdonnx.job, "read_planfile", lambda _: SimpleNamespace(structure="channel"))
+    monkeypatch.setattr("xdonnx.wanted.read_planfile", lambda _: SimpleNamespace(structure="channel"))
     return found
 
 

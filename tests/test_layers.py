@@ -30,7 +30,7 @@ ROWS = [
     {"graph", "verification", "memory", "publication", "direct"},
     {"patch", "budget", "convert", "doctor", "keywords", "samples"},
     {"walk", "survey", "student", "planfile", "agreement", "judging"},
-    {"methods.joint", "methods.wide"},
+    {"methods.joint", "methods.wide", "wanted"},
     {"methods.layerwise"},
     {"methods.training", "allocation", "accounting"},
     {"methods.cross", "methods.l1_norm", "methods.thinet", "methods.channel_pruning", "methods.fskd", "methods.tune"},
@@ -51,7 +51,7 @@ TORCH_FREE = {
     "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verification", "fidelity", "patch", "budget",
     "worst", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths", "planfile",
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
-    "tensors", "samples", "judging", "files", "figures",
+    "tensors", "samples", "judging", "files", "figures", "wanted",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",

@@ -31,19 +31,20 @@ if TYPE_CHECKING:
     from xdonnx.gate import Gate, rejudge
     from xdonnx.graph import Net, read_net
     from xdonnx.images import Preprocess
-    from xdonnx.job import Job, run
+    from xdonnx.job import run
     from xdonnx.keywords import CompressOptions, SharedOptions, VerifyOptions
     from xdonnx.model import read_proto
     from xdonnx.patch import Patch, cut
     from xdonnx.publication import write_report
     from xdonnx.report import Report, read_report, schema
     from xdonnx.shots import Shots, read_shots
+    from xdonnx.wanted import Job
 
 _HOME = {
     "Budget": "budget",
     "CompressOptions": "keywords",
     "Gate": "gate",
-    "Job": "job",
+    "Job": "wanted",
     "JobError": "errors",
     "MachineError": "errors",
     "ModelError": "errors",

@@ -30,7 +30,7 @@ from xdonnx.samples import Request
 
 if TYPE_CHECKING:
     # It brings torch, which `verify` does without.
-    from xdonnx.job import Job
+    from xdonnx.wanted import Job
 
 # What a report calls a model that has no path.
 MEMORY = "(in memory)"

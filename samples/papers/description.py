@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import xdonnx  # before torch, which its other modules import: see the README's Troubleshooting
 from xdonnx.errors import JobError, did_you_mean
-from xdonnx.job import Job
 from xdonnx.methods import available
 from xdonnx.report import tool
 from xdonnx.sweep.identity import is_number, key, placed, sources
+from xdonnx.wanted import Job
 
 # What a row, a seed or the script itself says; the rest of a Job may stand in `options`.
 TAKEN = frozenset(["model", "out", "shots", "labels", "per_class", "holdout", "preprocess", "gate", "force", "seed"])

@@ -19,7 +19,6 @@ from xdonnx.convert import convert
 from xdonnx.errors import JobError
 from xdonnx.events import Event
 from xdonnx.graph import read_net
-from xdonnx.job import Job
 from xdonnx.methods import make, training
 from xdonnx.methods.layerwise import Bench
 from xdonnx.methods.training import Schedule, train
@@ -29,6 +28,7 @@ from xdonnx.runtime import answer, open_session
 from xdonnx.shots import Shots
 from xdonnx.student import find_taps
 from xdonnx.walk import MOST_BYTES, affordable
+from xdonnx.wanted import Job
 
 DETECTOR = """
 g (float[1,3,8,8] image, float[16,3,3,3] w1, float[16] b1, float[16,16,3,3] w2, float[16] b2, float[4,16,1,1] wb,

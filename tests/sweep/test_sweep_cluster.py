@@ -16,13 +16,13 @@ import pytest
 from recipes import GRID, SAMPLES, students, swept, write
 
 from xdonnx.errors import MachineError
-from xdonnx.job import Job
 from xdonnx.sweep import cluster
 from xdonnx.sweep.description import read_sweep
 from xdonnx.sweep.identity import content, read_by
 from xdonnx.sweep.measuring import Done, Task, measure
 from xdonnx.sweep.results import SweepResults
 from xdonnx.sweep.trials import grid
+from xdonnx.wanted import Job
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: python -m pip install ray")
 pytestmark = [

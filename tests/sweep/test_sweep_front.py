@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xdonnx.job import Job
 from xdonnx.sweep.front import known_quality, pareto, points
 from xdonnx.sweep.trials import Trial
+from xdonnx.wanted import Job
 
 
 def dominated(one: tuple[float, float], others: list[tuple[float, float]]) -> bool:

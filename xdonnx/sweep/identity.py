@@ -12,9 +12,9 @@ from typing import get_args
 
 import xdonnx
 from xdonnx.errors import ShotsError
-from xdonnx.job import Job
 from xdonnx.model import fingerprint, model_files
 from xdonnx.sources import list_images
+from xdonnx.wanted import Job
 
 # The fields of a job that name a file, and those that may.
 PATHS = tuple(

@@ -20,10 +20,10 @@ import xdonnx
 from xdonnx.errors import MachineError, XdonnxError
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
-from xdonnx.job import Job
 from xdonnx.report import Figures, Report
 from xdonnx.sweep.identity import PATHS, is_number, named
 from xdonnx.sweep.records import Record
+from xdonnx.wanted import Job
 
 # What is compared with the teacher, as shares of it.
 COSTS = ("macs", "bytes", "nonzero", "latency")

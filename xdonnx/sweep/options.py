@@ -10,9 +10,9 @@ from typing import Any, get_args, get_type_hints
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
-from xdonnx.job import Job
 from xdonnx.methods import available
 from xdonnx.sweep.identity import PATHS, is_number, placed
+from xdonnx.wanted import Job
 
 PIXELS = tuple(field.name for field in dataclasses.fields(Preprocess))
 LIMITS = tuple(field.name for field in dataclasses.fields(Gate) if field.name != "strict")

@@ -10,10 +10,10 @@ from typing import Any
 
 from xdonnx.budget import pattern_of
 from xdonnx.errors import JobError
-from xdonnx.job import Job
 from xdonnx.sweep.description import Choice, Description, Teacher
 from xdonnx.sweep.identity import key
 from xdonnx.sweep.options import TARGETS, job_of, told
+from xdonnx.wanted import Job
 
 # What is varied by names that the file gives.
 AXES = ("method", "structure", "target")

@@ -1,0 +1,163 @@
+"""What is wanted of a compression: every field is a flag, and what makes no sense together is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from xdonnx.budget import KINDS, Budget, pattern_of
+from xdonnx.errors import JobError, did_you_mean
+from xdonnx.gate import Gate
+from xdonnx.images import Preprocess
+from xdonnx.methods import make
+from xdonnx.mistakes import mistake
+from xdonnx.planfile import read_planfile
+from xdonnx.samples import Request
+
+DEFAULT_TARGET = ("macs", 0.5)
+ALLOCATIONS = ("auto", "measured", "uniform")
+
+
+class Job(BaseModel):
+    """What is wanted. Every field is a flag of `xdonnx compress`, under the same name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    model: Path
+    out: Path
+    shots: tuple[str, ...] = ()
+    labels: Path | None = None
+    per_class: int | None = None
+    max_shots: int | None = None
+    holdout: str = "0.2"
+    skip_bad: bool = False
+    synthetic_shots: int | None = None
+    preprocess: Preprocess = Preprocess()
+    input_shape: Mapping[str, tuple[int, ...]] = {}
+
+    keep: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    plan: Path | None = None
+    structure: str = "channel"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    round_to: int | None = None
+    residual: bool = False
+    allocation: str = "auto"
+
+    method: tuple[str, ...] = Field(("cross",), min_length=1)
+    connection: str = "auto"
+    mu: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    solver: str = "auto"
+    ridge: float | None = None
+    views: int | None = None
+    steps: int | None = None
+    preset_effort: str = "balanced"
+
+    gate: Gate = Gate()
+    force: bool = False
+    external_data: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    @field_validator("shots", "method", "include", "exclude", mode="before")
+    @classmethod
+    def _one_or_many(cls, given: Any) -> Any:
+        return (str(given),) if isinstance(given, (str, Path)) else given
+
+    @field_validator("holdout", mode="before")
+    @classmethod
+    def _fraction_or_path(cls, given: Any) -> Any:
+        return str(given) if isinstance(given, (float, Path)) else given
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _checked(cls, given: Any, handler: Any) -> Any:
+        """Take the structure from the plan where one is given; tell what is wrong in our words."""
+        if isinstance(given, Mapping) and isinstance(given.get("plan"), (str, Path)):
+            structure = read_planfile(given["plan"]).structure
+            if given.get("structure", structure) != structure:
+                raise JobError(
+                    f"--structure is {given['structure']}, and '{given['plan']}' has structure {structure}.\n"
+                    "  Leave --structure out."
+                )
+            given = {**given, "structure": structure}
+        try:
+            return handler(given)
+        except ValidationError as error:
+            raise mistake(error, cls.model_fields) from None
+
+    def budget(self) -> Budget:
+        """Return the target, of kind 'plan' where a file says what stays; raises JobError when several are given."""
+        given = {kind: getattr(self, kind) for kind in (*KINDS, "plan") if getattr(self, kind) is not None}
+        if len(given) > 1:
+            flags = " and ".join(f"--{kind}" for kind in given)
+            raise JobError(f"{flags} are both given.\n  Give one target.")
+        if self.plan is not None:
+            choices = {name: getattr(self, name) for name in ("include", "exclude", "round_to", "residual")}
+            choices["allocation"] = self.allocation != "auto"
+            for name in (name for name, value in choices.items() if value):
+                flag = f"--{name.replace('_', '-')}"
+                raise JobError(f"{flag} has no say where --plan is given.\n  Leave it out, or pass it to xdonnx plan.")
+            return Budget("plan", 1.0, self.structure)
+        pattern = pattern_of(self.structure)
+        if pattern and given:
+            raise JobError(
+                f"--structure {self.structure} keeps what its pattern says.\n  Leave --{next(iter(given))} out."
+            )
+        if not given and not pattern and self.structure != "channel":
+            raise JobError(f"--structure {self.structure} needs a target.\n  Pass --keep 0.1 or --params 30%.")
+        kind, amount = next(iter(given.items())) if given else (("keep", 0.5) if pattern else DEFAULT_TARGET)
+        return Budget(kind, amount, self.structure, self.include, self.exclude, self.round_to, self.residual)
+
+    def asked(self) -> Request:
+        """Return which samples are wanted."""
+        return Request(**{field.name: getattr(self, field.name) for field in fields(Request)})
+
+    def target(self) -> str:
+        """Return the target in a few words."""
+        budget = self.budget()
+        return f"{budget.structure} " + (f"plan {self.plan.name}" if self.plan else f"{budget.kind} {budget.amount:g}")
+
+    def measured(self) -> bool:
+        """Whether error curves decide how much each layer loses; raises JobError where they cannot."""
+        if self.allocation not in ALLOCATIONS:
+            near = did_you_mean(self.allocation, ALLOCATIONS)
+            raise JobError(f"unknown --allocation '{self.allocation}'.{near}\n  Choices: {', '.join(ALLOCATIONS)}.")
+        fits = self.structure == "channel" and self.budget().kind in ("macs", "params")
+        if self.allocation == "measured" and not fits:
+            raise JobError(
+                "--allocation measured splits a target over the whole network between channels.\n"
+                "  Pass --macs or --params with --structure channel, or leave --allocation out."
+            )
+        asked = self.allocation == "measured"
+        return fits and (asked or (self.allocation == "auto" and self.preset_effort not in ("fast", "paper")))
+
+    def methods(self) -> list[Any]:
+        """Return the methods with their options; raises JobError for combinations that make no sense."""
+        options = self.model_dump(include={"connection", "mu", "alpha", "beta", "solver", "ridge", "views", "steps"})
+        options["effort"] = self.preset_effort
+        names = self.method
+        if self.preset_effort == "best" and names == ("cross",):
+            names = ("cross", "tune")  # the best accuracy comes with a last stage over all layers
+        made = [make(name, options) for name in names]
+        if getattr(made[0], "follows", False):
+            raise JobError(
+                f"--method {names[0]} removes nothing: it trains what another method left.\n"
+                f"  Put one before it: --method cross --method {names[0]}."
+            )
+        defaults = {"connection": "auto", "solver": "auto", "effort": "balanced"}
+        for name, value in options.items():
+            if value != defaults.get(name) and not any(hasattr(method, name) for method in made):
+                flag = "preset-effort" if name == "effort" else name
+                raise JobError(f"--{flag} is no option of --method {' or '.join(self.method)}.\n  Leave it out.")
+        for method in made:
+            method.check(self.structure)
+        return made
