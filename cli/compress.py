@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xdonnx.wanted import Job
 
 
+_MEMORY = "Bytes that may be taken, such as 8GB; what has no room goes to files. Default: 60% of what is free."
 _EXTERNAL = "auto, always or never: weights in OUT.data beside the file. auto: past 2 GiB."
 
 
@@ -39,6 +40,8 @@ class Files:
     dry_run: Annotated[bool, output("--dry-run", SWITCH, "Print the job and the plan; write nothing.")] = False
     device: Annotated[str, running("--device", "NAME", "auto, cpu or cuda:0.")] = "auto"
     seed: Annotated[int, running("--seed", "N", "Of every draw.", min=0)] = 0
+    memory: Annotated[str | None, running("--memory", "BYTES", _MEMORY)] = None
+    resume: Annotated[bool, running("--resume", SWITCH, "Go on with a job that was stopped.")] = False
 
 
 def compress(
@@ -94,7 +97,7 @@ def _own(folder: Path, files: Files) -> Path | None:
 def _job(
     model: Path, plan: Path | None, options: dict[str, Any], wanted: dict[str, Any], limits: Limits, files: Files
 ) -> Job:
-    kept = {name: getattr(files, name) for name in ("out", "force", "external_data", "device", "seed")}
+    kept = {name: value for name, value in vars(files).items() if name not in ("report_dir", "dry_run")}
     made: Job = library().Job(model=model, plan=plan, **wanted, **options, gate=limits.gate(), **kept)
     return made
 

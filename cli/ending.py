@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdonnx.errors import MachineError, XdonnxError
+from xdonnx.machine import machines_fault
 from xdonnx_cli.output import command_line
+from xdonnx_cli.terminal import say, stderr
 
 if TYPE_CHECKING:
     from xdonnx.events import Event, Log
@@ -23,11 +24,11 @@ INTERRUPTED = 130
 def ended(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the message of what ended a command; no message where it is known already."""
     if isinstance(error, XdonnxError):
-        return error.exit_code, str(error)
+        return error.exit_code, _noted(str(error), error)
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted"
+        return INTERRUPTED, _noted("interrupted", error)
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1, "terminated"
+        return error.code if isinstance(error.code, int) else 1, _noted("terminated", error)
     # typer's own errors; their class has another home in every few versions of typer.
     usage = getattr(error, "format_message", None)
     if usage is not None:
@@ -37,15 +38,18 @@ def ended(error: BaseException) -> tuple[int, str]:
         said = usage()
         extra = " Samples go behind --shots." if "unexpected extra argument" in said else ""
         return 2, f"{said}{extra}\n  See: {where} --help"
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return MachineError.exit_code, f"out of memory: {error}\n  Use fewer samples: --max-shots, or a larger machine."
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return MachineError.exit_code, f"the disk is full: {error}\n  Free space, or set TMPDIR to another disk."
+    if fault := machines_fault(error):
+        return fault.exit_code, str(fault)
     name = type(error).__name__
     return 1, (
         f"internal: {name}: {error}\n"
         "  This is a defect of xdonnx. Please report it with the command and the traceback that -v prints."
     )
+
+
+def _noted(text: str, error: BaseException) -> str:
+    """Return the text with what was noted on the way up, such as that the job can go on."""
+    return "\n  ".join([text, *getattr(error, "__notes__", ())])
 
 
 @dataclass
@@ -97,6 +101,10 @@ def attempted(folder: Path | None, job: Mapping[str, Any], *, device: str, seed:
     except BaseException as error:
         if not attempt.kept and not isinstance(error, (BrokenPipeError, GeneratorExit)):
             _leave(attempt, error, started, time.perf_counter() - clock)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            # Of these only the code is told further up.
+            for line in getattr(error, "__notes__", ()):
+                say(stderr(), line)
         raise
 
 

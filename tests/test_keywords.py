@@ -82,6 +82,8 @@ EXAMPLES: dict[str, tuple[Any, list[str]]] = {
     "preset_effort": ("fast", ["fast"]),
     "force": (True, []),
     "external_data": ("never", ["never"]),
+    "resume": (True, []),
+    "memory": ("2GB", ["2GB"]),
 }  # fmt: skip
 
 

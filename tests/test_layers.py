@@ -21,6 +21,9 @@ ROWS = [
         "augment",
         "mistakes",
         "devices",
+        "shelf",
+        "machine",
+        "journal",
     },
     {"moments"},
     {"runtime", "report", "paths", "draw", "images", "labels", "cost", "connection", "operators", "removal"},
@@ -31,10 +34,11 @@ ROWS = [
     {"patch", "budget", "convert", "doctor", "keywords", "samples"},
     {"walk", "survey", "student", "planfile", "agreement", "judging"},
     {"methods.joint", "methods.wide", "wanted"},
-    {"methods.layerwise"},
+    {"methods.layerwise", "room"},
     {"methods.training", "allocation", "accounting"},
     {"methods.cross", "methods.l1_norm", "methods.thinet", "methods.channel_pruning", "methods.fskd", "methods.tune"},
     {"methods.bp", "methods.fitnet"},
+    {"resuming"},
     {"job"},
     {"api", "sweep", "sweep.records", "sweep.identity"},
     {"sweep.options", "sweep.measuring"},
@@ -51,11 +55,11 @@ TORCH_FREE = {
     "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verification", "fidelity", "patch", "budget",
     "worst", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths", "planfile",
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
-    "tensors", "samples", "judging", "files", "figures", "wanted",
+    "tensors", "samples", "judging", "files", "figures", "wanted", "machine", "journal",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",
-    "crossval", "direct",
+    "crossval", "direct", "shelf",
 }  # fmt: skip
 
 

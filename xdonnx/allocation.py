@@ -29,6 +29,7 @@ from xdonnx.graph import Net
 from xdonnx.methods.joint import MOST_JOINT, WIDEST
 from xdonnx.methods.wide import sampled_columns
 from xdonnx.moments import enough, measure
+from xdonnx.shelf import Room, lengths
 from xdonnx.solve import refit, remove_jointly
 from xdonnx.structure import Channel, units
 from xdonnx.student import execute, find_taps, teacher_weights
@@ -78,7 +79,12 @@ class _Reader:
 
 
 def measure_curves(
-    net: Net, program: Program, inputs: Mapping[str, np.ndarray], groups: Sequence[int], log: Log = ignore
+    net: Net,
+    program: Program,
+    inputs: Mapping[str, np.ndarray],
+    groups: Sequence[int],
+    log: Log = ignore,
+    room: Room | None = None,
 ) -> tuple[Curve, ...]:
     """Measure the error curves of these groups.
 
@@ -88,6 +94,8 @@ def measure_curves(
         The samples that fit; those that judge must not be among them.
     groups : sequence of int
         Indices into `net.groups`.
+    room : Room, optional
+        For the activations; see :func:`xdonnx.walk.walk`.
 
     Returns
     -------
@@ -118,7 +126,7 @@ def measure_curves(
         rows = len(next(iter(inputs.values())))
         places = np.linspace(0, rows - 1, min(rows, WALKED)).astype(int)
         inputs = {name: array[places] for name, array in inputs.items()}
-    walk(net, program, inputs, visit)
+    walk(net, program, inputs, visit, room)
     return tuple(curves[at] for at in groups)
 
 
@@ -130,7 +138,7 @@ def _reading(stop: Stop) -> tuple[Quadratic | None, Tensor, Tensor, bool]:
         energy = teacher.square().sum((0, 1)) * columns.square().mean((0, 2))
         return None, teacher, energy / energy.sum().clamp(min=1e-30), False
     bias = stop.bias is not None
-    each = enough(len(stop.layer.columns), sum(map(len, stop.teacher)))
+    each = enough(len(stop.layer.columns), sum(lengths(stop.teacher)))
     moments = measure(stop.teacher, stop.teacher, stop.geometry, bias=bias, each=each, dtype=torch.float32)
     teacher = to_matrix(stop.weight, stop.bias, stop.geometry).to(moments.tt)
     quadratic = damped(objective(correction(), moments, teacher), teacher, RIDGE, bias=bias)

@@ -29,9 +29,9 @@ from xdonnx.connection import (
     restricted,
 )
 from xdonnx.moments import Missing, Moments, measure, measure_missing
+from xdonnx.shelf import Chunks, Rows, alike, lengths
 from xdonnx.solve import refit
 
-Chunks = Sequence[Tensor]
 Candidate = tuple[Connection, float]
 """A connection and a ridge."""
 
@@ -112,28 +112,22 @@ def measure_folds(
     list of Fold
         At most `folds`, none of them empty.
     """
-    folds = max(1, min(folds, samples)) if sum(map(len, teacher)) == rows else 1
-    owners, start = [], 0
-    for chunk in teacher:
-        owners.append(torch.arange(start, start + len(chunk), device=chunk.device) % samples % folds)
-        start += len(chunk)
+    folds = max(1, min(folds, samples)) if sum(lengths(teacher)) == rows else 1
+    owners = torch.arange(sum(lengths(teacher))) % samples % folds
     found = []
     for fold in range(folds):
+        places = [row.nonzero().flatten() for row in torch.split(owners == fold, lengths(teacher))]
 
-        def part(chunks: Chunks, fold: int = fold) -> list[Tensor]:
-            if folds == 1:
-                return list(chunks)
-            # A graph of fixed batch has chunks of one fold alone.
-            return [chunk[row == fold] for chunk, row in zip(chunks, owners, strict=True) if bool((row == fold).any())]
+        def part(chunks: Chunks, places: list[Tensor] = places) -> Chunks:
+            return chunks if folds == 1 else Rows(chunks, places)
 
-        x_t = part(teacher)
-        if not x_t:
+        if not any(map(len, places)):
             continue
-        agree = all(a is b for a, b in zip(teacher, student, strict=True))
-        x_s = x_t if agree else part(student)
+        x_t = part(teacher)
+        x_s = x_t if alike(teacher, student) else part(student)
         moments = measure(x_t, x_s, geometry, bias=bias, each=each, dtype=dtype)
         missing = None
-        if beside is not None and not all(a is b for a, b in zip(*beside, strict=True)):
+        if beside is not None and not alike(*beside):
             others = (part(beside[0]), part(beside[1]))
             missing = measure_missing(x_t, x_s, others, geometry, bias=bias, each=each, dtype=dtype)
         found.append(Fold(moments, missing))

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from xdonnx.columns import Geometry
 from xdonnx.connection import Quadratic, damped
-from xdonnx.crossval import Candidate, Chunks
-from xdonnx.moments import add_gram, paired
+from xdonnx.crossval import Candidate
+from xdonnx.moments import add_gram, lacks, paired
+from xdonnx.shelf import Chunks, lengths
 
 # Multiply-accumulates of a layer's moments above which one connection is measured alone: seconds on a core.
 DEAR = 1e11
@@ -38,12 +39,6 @@ class Seen(NamedTuple):
     student: Chunks
     beside: tuple[Chunks, Chunks] | None
     geometry: Geometry
-
-    def lacking(self) -> list[Tensor] | None:
-        """Return what the other branch lacks in the student, chunk by chunk; None where that is nothing."""
-        if self.beside is None or all(a is b for a, b in zip(*self.beside, strict=True)):
-            return None
-        return [whole - found for whole, found in zip(*self.beside, strict=True)]
 
 
 def dear(columns: int, positions: int) -> bool:
@@ -71,7 +66,7 @@ def measure_directly(
         What :func:`xdonnx.connection.objective`, `compensated` and `damped` make of the moments.
     """
     connection, ridge = candidate
-    lacking, weights = seen.lacking(), teacher.to(dtype)
+    lacking, weights = lacks(seen.beside), teacher.to(dtype)
     g, o, d = teacher.shape
     hess, lin, const = (teacher.new_zeros(shape) for shape in ((g, d, d), (g, o, d), (g,)))
     count = 0
@@ -105,8 +100,8 @@ def missed(seen: Seen, teacher: Tensor, tried: Sequence[Tensor], *, bias: bool) 
     list of float
         From so many positions as tell the error to a few percent.
     """
-    lacking, whole = seen.lacking(), teacher.float()
-    each = -(-SHOWN // max(1, sum(map(len, seen.teacher))))
+    lacking, whole = lacks(seen.beside), teacher.float()
+    each = -(-SHOWN // max(1, sum(lengths(seen.teacher))))
     energy, wrong = 0.0, [0.0] * len(tried)
     for x_t, x_s, part in paired(seen.teacher, seen.student, seen.geometry, bias=bias, each=each, dtype=torch.float32):
         wanted = whole @ x_t

@@ -25,15 +25,20 @@ from xdonnx.events import Event, Log, ignore, legible
 from xdonnx.fidelity import compare, fixed_batch
 from xdonnx.gate import heavy_loss, of_a_job
 from xdonnx.graph import Net, read_net
+from xdonnx.journal import Journal, open_journal
+from xdonnx.machine import machines_fault
 from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.model import Port, fingerprint, interface, read_proto, sized, write_proto
 from xdonnx.patch import Patch, cut, masked
-from xdonnx.paths import check_student, rejected_path
+from xdonnx.paths import check_student, partial_folder, rejected_path
 from xdonnx.planfile import plan_of
 from xdonnx.preprocessing import check_samples
-from xdonnx.report import Fidelity, LayerResult, Report, tool
+from xdonnx.report import Fidelity, LayerResult, Memory, Report, tool
+from xdonnx.resuming import identity, keeping, recalled_curves, staged
+from xdonnx.room import allowance
 from xdonnx.runtime import open_session
 from xdonnx.samples import apart, fraction
+from xdonnx.shelf import Room
 from xdonnx.shots import Shots, Unread
 from xdonnx.verification import check_asked, check_interface, file_facts, verify
 from xdonnx.walk import affordable, chunked
@@ -86,26 +91,46 @@ def run(job: Job, log: Log = ignore, *, command: str = "", read: Reader | None =
             warnings.append(event.text)
         log(event)
 
-    methods = job.methods()
-    ready = prepared(job, note, read=read)
+    try:
+        ready = prepared(job, note, read=read)
+        journal = open_journal(partial_folder(job.out), identity(job, ready.fit, ready.device), note, resume=job.resume)
+        with keeping(journal):
+            allowed = allowance(ready.net, ready.fit.inputs, ready.device, job.memory, note)
+            student, layers = made(job, ready, journal, allowed.room, note)
+            used = Memory(limit=allowed.limit, peak=allowed.peak(), spilled=allowed.room.spilled)
+            report = _judge_and_write(job, ready, student, layers, tuple(warnings), started, command, log)
+            return report.model_copy(update={"memory": used})
+    except (MemoryError, RuntimeError, OSError) as error:
+        fault = machines_fault(error)
+        if fault is None:
+            raise
+        for note_ in getattr(error, "__notes__", ()):
+            fault.add_note(note_)
+        raise fault from error
+
+
+def made(
+    job: Job, ready: Prepared, journal: Journal, room: Room, log: Log = ignore
+) -> tuple[onnx.ModelProto, list[LayerResult]]:
+    """Return the student, cut and checked against its masked teacher, and what became of each layer."""
     net, fit = ready.net, ready.fit
-    program = opened(ready, note)
-    plan = planned(job, ready, program, note)
-    bench = Bench(program, torch.Generator().manual_seed(job.seed), note)
+    methods = job.methods()
+    program = opened(ready, log)
+    plan = planned(job, ready, program, log, room, journal)
+    bench = Bench(program, torch.Generator().manual_seed(job.seed), log, room)
     outcome = Outcome(Patch())
-    for method in methods:
-        found = method(net, outcome.patch, fit, plan, bench)
+    for at, method in enumerate(methods):
+        found = staged(at, method, net, outcome.patch, fit, plan, bench, journal)
         outcome = Outcome(found.patch, (*outcome.traces, *found.traces))
-    note(Event("cut", "Cut the graph"))
+    log(Event("cut", "Cut the graph"))
     student = cut(net, outcome.patch)
     check_interface(net.source, student)
     first = chunked(net, fit.inputs, most=4)[0]
     check_same(masked(net, outcome.patch), student, first)
     if job.structure != "channel":
-        keep_sparse(student, first, note)
+        keep_sparse(student, first, log)
     _stamp(student, job, net)
-    layers = layer_results(net, outcome, job.structure, residual=job.residual or job.plan is not None)
-    return _judge_and_write(job, ready, student, layers, tuple(warnings), started, command, log)
+    return student, layer_results(net, outcome, job.structure, residual=job.residual or job.plan is not None)
 
 
 def opened(ready: Prepared, log: Log = ignore) -> Program:
@@ -117,17 +142,31 @@ def opened(ready: Prepared, log: Log = ignore) -> Program:
     return checked(ready.net, program, chunked(ready.net, ready.fit.inputs, most=4)[0], log)
 
 
-def curves(job: Job, ready: Prepared, program: Program, log: Log = ignore) -> tuple[Curve, ...]:
+def curves(
+    job: Job, ready: Prepared, program: Program, log: Log = ignore, room: Room | None = None
+) -> tuple[Curve, ...]:
     """Return the error curves of the groups that may lose channels, measured on the samples that fit."""
     inputs = widened(ready.fit.inputs, affordable(ready.net, VIEWS), torch.Generator().manual_seed(job.seed))
-    return measure_curves(ready.net, program, inputs, candidates(ready.net, job.budget()), log)
+    return measure_curves(ready.net, program, inputs, candidates(ready.net, job.budget()), log, room)
 
 
-def planned(job: Job, ready: Prepared, program: Program, log: Log = ignore) -> Plan:
+def planned(
+    job: Job,
+    ready: Prepared,
+    program: Program,
+    log: Log = ignore,
+    room: Room | None = None,
+    journal: Journal | None = None,
+) -> Plan:
     """Return how many units stay where: the same fraction everywhere, or as error curves or a plan's file say."""
     if not job.measured():
         return ready.plan
-    return allocate(ready.net, curves(job, ready, program, log), job.budget())
+
+    def measured() -> tuple[Curve, ...]:
+        return curves(job, ready, program, log, room)
+
+    found = recalled_curves(journal, measured) if journal else measured()
+    return allocate(ready.net, found, job.budget())
 
 
 def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader | None = None) -> Prepared:

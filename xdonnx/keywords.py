@@ -119,6 +119,10 @@ class CompressOptions(SharedOptions, total=False):
         Replace an `out` that exists.
     external_data : {'auto', 'always', 'never'}
         Whether weights lie beside the file.
+    resume : bool
+        Go on with a job that was stopped.
+    memory : int or str
+        Bytes that may be taken, such as '8GB'. Default: 60 % of what is free.
     """
 
     macs: float
@@ -144,3 +148,5 @@ class CompressOptions(SharedOptions, total=False):
     gate: Gate
     force: bool
     external_data: str
+    resume: bool
+    memory: int | str

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from xdonnx.columns import Geometry, columns, grid, spread
 from xdonnx.errors import ShotsError
+from xdonnx.shelf import Chunks, alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +150,7 @@ class Missing(NamedTuple):
 def measure_missing(
     teacher: Iterable[Tensor],
     student: Iterable[Tensor],
-    beside: tuple[Iterable[Tensor], Iterable[Tensor]],
+    beside: tuple[Chunks, Chunks],
     geometry: Geometry,
     *,
     bias: bool,
@@ -170,12 +172,11 @@ def measure_missing(
     Missing or None
         None where the other branch is the same in both networks.
     """
-    beside = (list(beside[0]), list(beside[1]))
-    if all(a is b for a, b in zip(*beside, strict=True)):
+    lacking = lacks(beside)
+    if lacking is None:
         return None
     sums = (_Sum(), _Sum(), _Sum())
     count = 0
-    lacking = [whole - found for whole, found in zip(*beside, strict=True)]
     pairs = paired(teacher, student, geometry, bias=bias, each=each, at_once=columns_at_once, dtype=dtype)
     for x_t, x_s, part in pairs:
         missing = part.outputs(lacking, geometry).to(dtype)
@@ -186,6 +187,20 @@ def measure_missing(
     return Missing(*(total.mean(count) for total in sums))
 
 
+def lacks(beside: tuple[Chunks, Chunks] | None) -> Callable[[int], Tensor] | None:
+    """Return what gives, for each chunk, what another branch lacks in the student; None where that is nothing.
+
+    Parameters
+    ----------
+    beside : (teacher, student) or None
+        The branch in the two networks.
+    """
+    if beside is None or alike(*beside):
+        return None
+    # Blocks of one chunk follow each other, so that it is worth holding the last.
+    return lru_cache(1)(lambda chunk: beside[0][chunk] - beside[1][chunk])
+
+
 class Part(NamedTuple):
     """Which shots of which chunk a block of columns is of, and which of their positions; None means all."""
 
@@ -193,9 +208,9 @@ class Part(NamedTuple):
     shots: slice
     places: Tensor | None
 
-    def outputs(self, chunks: list[Tensor], geometry: Geometry) -> Tensor:
-        """Return what a layer puts out there, (g, o, positions), from its outputs for all chunks."""
-        found = chunks[self.chunk][self.shots]
+    def outputs(self, chunks: Callable[[int], Tensor], geometry: Geometry) -> Tensor:
+        """Return what a layer puts out there, (g, o, positions), from what gives its outputs for each chunk."""
+        found = chunks(self.chunk)[self.shots]
         flat = found.reshape(len(found), -1, found.shape[-1]).mT if geometry.op == "linear" else found.flatten(2)
         if self.places is not None:
             flat = flat.gather(2, self.places[:, None].expand(-1, flat.shape[1], -1))

@@ -303,5 +303,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "made by", f"xdonnx {report.tool.version}"
     yield "with", ", ".join(f"{name} {version}" for name, version in versions if version) or "nothing known"
     yield "device, seed", f"{report.device}, {report.seed}"
+    if used := report.memory:
+        spilled = f", {amount(used.spilled, 'B')} in files" if used.spilled else ""
+        yield "memory", f"{amount(used.peak, 'B')} at most, of {amount(used.limit, 'B')} allowed{spilled}"
     if preset := preset_of(report):
         yield "preprocessing", f"preset {preset}"

@@ -19,6 +19,11 @@ def rejected_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.rejected.onnx")
 
 
+def partial_folder(out: Path) -> Path:
+    """Return where the work of a job that was stopped is kept."""
+    return out.with_name(f"{out.stem}.partial")
+
+
 def report_folder(out: Path, given: Path | None = None) -> Path:
     """Return where the report of OUT goes, by default beside it; raises JobError or MachineError where it cannot."""
     folder = given or out.parent / f"{out.stem}.report"

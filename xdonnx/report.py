@@ -200,6 +200,15 @@ class GateResult(BaseModel):
     passed: bool
 
 
+class Memory(BaseModel):
+    """Bytes of memory that a job might take and took: of the GPU where one ran it, else of the whole process."""
+
+    model_config = STRICT
+    limit: int
+    peak: int
+    spilled: int = Field(description="bytes of activations that were written to temporary files for want of room")
+
+
 class LayerResult(BaseModel):
     """What became of one layer, named by the value it produces."""
 
@@ -251,6 +260,7 @@ class Report(BaseModel):
     layers: tuple[LayerResult, ...] = ()
     interface: InterfaceCheck | None = None
     warnings: tuple[str, ...] = ()
+    memory: Memory | None = None
     fit_samples: int | None = Field(None, description="samples that fitted the student; None for two given files")
 
 

@@ -291,7 +291,7 @@ def _facts(
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "tool": tool(),
         "job": plain(job or {}),
-        "files": Files(teacher=teacher, student=student, shots=_shots(shots, legible(shots_path))),
+        "files": Files(teacher=teacher, student=student, shots=shots_facts(shots, legible(shots_path))),
         **{name: legible(value) if isinstance(value, str) else value for name, value in asked.items()},
     }
 
@@ -428,7 +428,7 @@ def file_facts(path: str | Path) -> FileInfo:
     return FileInfo(path=legible(str(path)), sha256=fingerprint(path), bytes=file_bytes(path))
 
 
-def _shots(shots: Samples, path: str) -> FileInfo:
+def shots_facts(shots: Samples, path: str) -> FileInfo:
     """Fingerprint the samples as they are fed: preprocessing and drawing included."""
     digest, size = hashlib.sha256(), 0
     named = dict(shots.inputs) | ({} if shots.labels is None else {"": shots.labels})

@@ -14,8 +14,7 @@ from xdonnx.columns import Geometry
 from xdonnx.convert import Program, Step, call, geometry, layer_tensors, run_layer
 from xdonnx.graph import Net
 from xdonnx.layers import Layer
-
-Chunks = list[Tensor]
+from xdonnx.shelf import Chunks, Kept, Place, Room, Shelf, alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +25,12 @@ class Stop:
     ----------
     layer : Layer
     geometry : Geometry
-    teacher, student : list of Tensor
-        The layer's input, chunk by chunk; the same objects where the two networks still agree.
+    teacher, student : sequence of Tensor
+        The layer's input, chunk by chunk; the same objects where the two networks still agree. Good until the walk
+        goes on.
     weight, bias : Tensor, Tensor or None
         The teacher's, in ONNX layout.
-    beside : (teacher, student) lists of Tensor, optional
+    beside : (teacher, student) sequences of Tensor, optional
         What the layer's output will be added to, where that is known already: the other branch of a residual block.
     """
 
@@ -45,7 +45,7 @@ class Stop:
     @property
     def agree(self) -> bool:
         """Whether nothing upstream has changed."""
-        return all(a is b for a, b in zip(self.teacher, self.student, strict=True))
+        return alike(self.teacher, self.student)
 
 
 # What one value of all rows may take: a walk holds a few of them, for two networks. And the multiply-accumulates of all
@@ -76,7 +76,9 @@ def chunked(net: Net, inputs: Mapping[str, np.ndarray], most: int = 64) -> list[
 
 
 @torch.no_grad()
-def walk(net: Net, program: Program, inputs: Mapping[str, np.ndarray], visit: Visit) -> tuple[dict[str, Chunks], ...]:
+def walk(
+    net: Net, program: Program, inputs: Mapping[str, np.ndarray], visit: Visit, room: Room | None = None
+) -> tuple[dict[str, list[Tensor]], ...]:
     """Execute every node once for teacher and student; values nobody reads any more are freed.
 
     Parameters
@@ -84,73 +86,116 @@ def walk(net: Net, program: Program, inputs: Mapping[str, np.ndarray], visit: Vi
     inputs : {graph input: (n, ...)}
     visit : callable
         Called at every layer in graph order; returns the student's weight and bias, or None to keep the teacher's.
+    room : Room, optional
+        For the values that are held between two steps; what has no room there lies in temporary files. By default all
+        are held.
 
     Returns
     -------
     teacher, student : {graph output: chunks}
+
+    Raises
+    ------
+    MachineError
+        The disk is full.
     """
     batches = chunked(net, inputs)
-    teacher: dict[str, Chunks] = {
-        name: [torch.tensor(batch[name], device=program.device) for batch in batches] for name in program.inputs
-    }
-    student = dict(teacher)
-    for name, tensor in program.constants.items():
-        teacher[name] = student[name] = [tensor] * len(batches)
-    addends = _addends(net, program)
+    reads: dict[str, list[int]] = {}
     for at, step in enumerate(program.steps):
-        if step.layer is not None:
-            _run_layer(net, program, step, teacher, student, visit, addends.get(step.name, ""))
-        else:
-            _run(step, teacher, student, len(batches))
-        for name in (*step.inputs, *step.outputs):
-            if name and program.last_read.get(name) == at:
-                teacher.pop(name, None)
-                student.pop(name, None)
-    return (
-        {name: teacher[name] for name in program.outputs},
-        {name: student[name] for name in program.outputs},
-    )
+        for name in dict.fromkeys(step.inputs):
+            reads.setdefault(name, []).append(at)
+    room = room or Room()
+    with Shelf(room.limit, reads) as shelf:
+        pair = _Pair(net, program, shelf, len(batches))
+        for name in program.inputs:
+            pair.values[0][name] = pair.values[1][name] = [
+                torch.as_tensor(np.require(batch[name], requirements="W"), device=program.device) for batch in batches
+            ]
+        addends = _addends(net, program)
+        for at, step in enumerate(program.steps):
+            shelf.now = at
+            if step.layer is not None:
+                pair.run_layer(step, step.layer, visit, addends.get(step.name, ""))
+            else:
+                pair.run(step)
+            for name in (*step.inputs, *step.outputs):
+                if name and program.last_read.get(name) == at:
+                    pair.forget(name)
+        teacher, student = ({name: list(values[name]) for name in program.outputs} for values in pair.values)
+        room.spilled += shelf.spilled
+    return teacher, student
 
 
-def _run(step: Step, teacher: dict[str, Chunks], student: dict[str, Chunks], count: int) -> None:
-    made_t: list[tuple[Tensor, ...]] = []
-    made_s: list[tuple[Tensor, ...]] = []
-    for chunk in range(count):
-        seen_t = [teacher[name][chunk] if name else None for name in step.inputs]
-        seen_s = [student[name][chunk] if name else None for name in step.inputs]
-        made_t.append(call(step, seen_t))
-        same = all(a is b for a, b in zip(seen_t, seen_s, strict=True))
-        made_s.append(made_t[-1] if same else call(step, seen_s))
-    for at, name in enumerate(step.outputs):
-        if name and all(at < len(made) for made in made_t):
-            teacher[name] = [made[at] for made in made_t]
-            student[name] = [made[at] for made in made_s]
+class _Pair:
+    """The values of teacher and student, and the steps that make them."""
 
+    def __init__(self, net: Net, program: Program, shelf: Shelf, count: int) -> None:
+        self.net, self.program, self.shelf, self.count = net, program, shelf, count
+        constants: dict[str, Chunks] = {name: [tensor] * count for name, tensor in program.constants.items()}
+        self.values: tuple[dict[str, Chunks], dict[str, Chunks]] = (constants, dict(constants))
 
-def _run_layer(
-    net: Net,
-    program: Program,
-    step: Step,
-    teacher: dict[str, Chunks],
-    student: dict[str, Chunks],
-    visit: Visit,
-    other: str,
-) -> None:
-    layer = step.layer
-    assert layer is not None
-    weight, bias = layer_tensors(net, layer, program.device)
-    beside = (teacher[other], student[other]) if other in teacher and other not in program.constants else None
-    stop = Stop(layer, geometry(layer), teacher[layer.input], student[layer.input], weight, bias, beside)
-    answer = visit(stop)
-    made_t = [run_layer(layer, x, weight, bias) for x in stop.teacher]
-    if answer is None:
-        made_s = [
-            t if a is b else run_layer(layer, b, weight, bias)
-            for a, b, t in zip(stop.teacher, stop.student, made_t, strict=True)
-        ]
-    else:
-        made_s = [run_layer(layer, x, *answer) for x in stop.student]
-    teacher[layer.name], student[layer.name] = made_t, made_s
+    def forget(self, name: str) -> None:
+        """Free a value."""
+        for values in self.values:
+            values.pop(name, None)
+
+    def run(self, step: Step) -> None:
+        """Run a step that is no layer, for each network on its own values."""
+        teacher, student = self.values
+        same = all(alike(teacher[name], student[name]) for name in step.inputs if name)
+        made: tuple[dict[str, list[Place]], dict[str, list[Place]]] = ({}, {})
+        for chunk in range(self.count):
+            seen = [teacher[name][chunk] if name else None for name in step.inputs]
+            whole = call(step, seen)
+            self._keep(step, whole, chunk, made[0])
+            if not same:
+                mine = [student[name][chunk] if name else None for name in step.inputs]
+                if all(a is b for a, b in zip(seen, mine, strict=True)):
+                    for name, places in made[0].items():
+                        made[1].setdefault(name, []).append(places[-1])
+                else:
+                    self._keep(step, call(step, mine), chunk, made[1])
+            self._release(step, chunk)
+        for name in step.outputs:
+            if len(made[0].get(name, ())) == self.count:
+                teacher[name] = student[name] = Kept(made[0][name])
+                if not same:
+                    student[name] = Kept(made[1][name])
+
+    def run_layer(self, step: Step, layer: Layer, visit: Visit, other: str) -> None:
+        """Stop at a layer, then run it with the teacher's weights and with those that the stop brought."""
+        teacher, student = self.values
+        weight, bias = layer_tensors(self.net, layer, self.program.device)
+        beside = None
+        if other in teacher and other not in self.program.constants:
+            beside = (teacher[other], student[other])
+        stop = Stop(layer, geometry(layer), teacher[layer.input], student[layer.input], weight, bias, beside)
+        answer = visit(stop)
+        same = answer is None and stop.agree
+        own, made_t, made_s = answer or (weight, bias), list[Place](), list[Place]()
+        for chunk in range(self.count):
+            x_t, x_s = stop.teacher[chunk], stop.student[chunk]
+            made_t.append(self.shelf.put(run_layer(layer, x_t, weight, bias), layer.name, chunk))
+            if not same:
+                agree = answer is None and x_t is x_s
+                made_s.append(made_t[-1] if agree else self.shelf.put(run_layer(layer, x_s, *own), layer.name, chunk))
+            self._release(step, chunk)
+        teacher[layer.name] = student[layer.name] = Kept(made_t)
+        if not same:
+            student[layer.name] = Kept(made_s)
+
+    def _keep(self, step: Step, made: tuple[Tensor, ...], chunk: int, places: dict[str, list[Place]]) -> None:
+        for name, tensor in zip(step.outputs, made, strict=False):
+            if name:
+                places.setdefault(name, []).append(self.shelf.put(tensor, name, chunk))
+
+    def _release(self, step: Step, chunk: int) -> None:
+        """Free a chunk of what this step is the last to read."""
+        for name in step.inputs:
+            if name and self.program.last_read.get(name) == self.shelf.now:
+                for values in self.values:
+                    if isinstance(found := values.get(name), Kept):
+                        found.places[chunk] = None
 
 
 def _addends(net: Net, program: Program) -> dict[str, str]:

@@ -13,6 +13,7 @@ from xdonnx.budget import KINDS, Budget, pattern_of
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
+from xdonnx.machine import parsed_bytes
 from xdonnx.methods import make
 from xdonnx.mistakes import mistake
 from xdonnx.planfile import read_planfile
@@ -66,6 +67,8 @@ class Job(BaseModel):
     external_data: str = "auto"
     device: str = "auto"
     seed: int = 0
+    resume: bool = False
+    memory: int | None = None
 
     @field_validator("shots", "method", "include", "exclude", mode="before")
     @classmethod
@@ -76,6 +79,11 @@ class Job(BaseModel):
     @classmethod
     def _fraction_or_path(cls, given: Any) -> Any:
         return str(given) if isinstance(given, (float, Path)) else given
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _bytes(cls, given: Any) -> Any:
+        return given if given is None else parsed_bytes(given)
 
     @model_validator(mode="wrap")
     @classmethod

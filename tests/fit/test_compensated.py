@@ -312,7 +312,11 @@ def test_the_last_layer_of_a_block_is_fitted_to_what_the_sum_lacks_if_asked_to(c
 def test_a_stop_knows_the_other_branch_where_it_was_made_before():
     net, inputs, program = two_blocks()
     beside = {}
-    walk(net, program, inputs, lambda stop: beside.update({stop.layer.name: stop.beside}))
+
+    def visit(stop):
+        beside[stop.layer.name] = stop.beside and tuple(list(chunks) for chunks in stop.beside)
+
+    walk(net, program, inputs, visit)
 
     assert [name for name, other in beside.items() if other is not None] == ["c2", "c4"]
     for layer, name in (("c2", "r0"), ("c4", "r2")):

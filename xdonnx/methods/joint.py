@@ -15,6 +15,7 @@ from xdonnx.convert import Program
 from xdonnx.events import Event, Log
 from xdonnx.graph import Group, Net
 from xdonnx.moments import enough, measure
+from xdonnx.shelf import Room
 from xdonnx.solve import remove_jointly
 from xdonnx.structure import Channel, units
 from xdonnx.walk import Stop, walk
@@ -26,7 +27,7 @@ MOST_JOINT = 4
 
 
 def joint_choice(
-    net: Net, program: Program, inputs: Mapping[str, np.ndarray], plan: Plan, ridge: float, log: Log
+    net: Net, program: Program, inputs: Mapping[str, np.ndarray], plan: Plan, ridge: float, log: Log, room: Room
 ) -> set[int]:
     """Return the labels that go from channels which several layers read.
 
@@ -59,7 +60,7 @@ def joint_choice(
                 log(Event("fit", f"{open_groups[at].name}: read by {len(open_groups[at].readers)} layers"))
                 drop.update(_least_missed(net, open_groups[at], problems.pop(at), plan.channels[at]))
 
-    walk(net, program, inputs, visit)
+    walk(net, program, inputs, visit, room)
     return drop
 
 

@@ -23,11 +23,13 @@ from xdonnx.crossval import Candidate, choose, measure_folds, total
 from xdonnx.direct import Seen, dear, measure_directly, missed
 from xdonnx.events import Event, Log, ignore
 from xdonnx.graph import Net
+from xdonnx.journal import Entry, Journal
 from xdonnx.layers import Layer
 from xdonnx.methods.joint import WIDEST, joint_choice
 from xdonnx.methods.wide import Fit, regressed, sampled_columns
 from xdonnx.moments import enough
 from xdonnx.patch import Patch
+from xdonnx.shelf import Room
 from xdonnx.solve import Solver, refit
 from xdonnx.structure import Channel, Element, NofM, Structure, units
 from xdonnx.walk import Stop, Weights, chunked, walk
@@ -36,6 +38,8 @@ from xdonnx.walk import Stop, Weights, chunked, walk
 WIDEST_FOLDED, MOST_FOLDED = 2500, 1_000_000
 # Parts that the samples are cut into to choose a layer's connection and ridge, and the advantage that a change needs.
 FOLDS, LEAN = 3, 0.05
+# The journal key of what is decided before the first layer; no layer is called so.
+_JOINT = ""
 # A ridge above which rounding to float32 is far below what the ridge itself changes.
 LEAST_RIDGE = 1e-3
 
@@ -50,11 +54,17 @@ class Bench:
         Every step checked against onnxruntime.
     generator : torch.Generator
     log : callable
+    room : Room
+        For the activations of a walk.
+    journal : Journal, optional
+        Where finished layers are kept, and found again by a job that goes on.
     """
 
     program: Program
     generator: torch.Generator
     log: Log = ignore
+    room: Room = field(default_factory=Room)
+    journal: Journal | None = None
 
 
 @dataclass(frozen=True)
@@ -152,10 +162,21 @@ def layerwise(
     Outcome
     """
     rows = sum(len(next(iter(batch.values()))) for batch in chunked(net, inputs))
-    drop = set(patch.drop) | joint_choice(net, bench.program, inputs, plan, rule.ridge, bench.log)
+    drop = set(patch.drop) | _joint(net, inputs, plan, rule, bench)
     visitor = _Visitor(net, plan, rule, bench, drop, dict(patch.tensors), rows, samples or rows)
-    walk(net, bench.program, inputs, visitor)
+    walk(net, bench.program, inputs, visitor, bench.room)
     return Outcome(Patch(visitor.tensors, frozenset(visitor.drop)), tuple(visitor.traces))
+
+
+def _joint(net: Net, inputs: Mapping[str, np.ndarray], plan: Plan, rule: Rule, bench: Bench) -> set[int]:
+    """Return the labels that go from channels which several layers read, as an earlier run found them or anew."""
+    known = bench.journal and bench.journal.entry(_JOINT)
+    if known:
+        return set(known.facts["drop"])
+    found = joint_choice(net, bench.program, inputs, plan, rule.ridge, bench.log, bench.room)
+    if bench.journal and found:
+        bench.journal.keep(_JOINT, Entry(facts={"drop": sorted(found)}))
+    return found
 
 
 class _Visitor:
@@ -184,8 +205,12 @@ class _Visitor:
 
     def __call__(self, stop: Stop) -> Weights | None:
         layer, began = stop.layer, time.perf_counter()
-        done = len(self.traces)
+        done, journal = len(self.traces), self.bench.journal
         self.bench.log(Event("fit", layer.name, done=done, total=len(self.net.layers)))
+        known = journal.entry(layer.name) if journal and self._open(stop) else None
+        if known:
+            return self._recalled(stop, known)
+        dropped = frozenset(self.drop)
         # Where nothing was done the error is none, or was not looked at.
         before = after = 0.0 if stop.agree else None
         weights: Weights | None = None
@@ -197,7 +222,18 @@ class _Visitor:
         elif layer.weight in self.tensors or layer.bias in self.tensors:
             weights = self._fitted(stop)
         self.traces.append(Trace(layer.name, before, after, time.perf_counter() - began))
+        if journal and weights is not None and self._open(stop):
+            facts = {"drop": sorted(self.drop - dropped), "trace": [before, after, self.traces[-1].seconds]}
+            own = {name: self.tensors[name] for name in (layer.weight, layer.bias) if name in self.tensors}
+            journal.keep(layer.name, Entry(own, facts))
         return weights
+
+    def _recalled(self, stop: Stop, known: Entry) -> Weights:
+        """Return the weights that an earlier run gave a layer."""
+        self.tensors.update(known.arrays)
+        self.drop.update(known.facts["drop"])
+        self.traces.append(Trace(stop.layer.name, *known.facts["trace"]))
+        return self._fitted(stop)
 
     def _fitted(self, stop: Stop) -> Weights:
         """Return the weights that an earlier method gave a layer which this one leaves alone."""

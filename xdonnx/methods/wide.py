@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from xdonnx.columns import Geometry, unroll
+from xdonnx.shelf import Chunks
 
 # Entries of the columns that are held at once.
 MOST_ENTRIES = 1 << 26
 
 
-def sampled_columns(chunks: list[Tensor], geometry: Geometry) -> Tensor:
+def sampled_columns(chunks: Chunks, geometry: Geometry) -> Tensor:
     """Return the unrolled columns (g, d, positions) in float64, evenly thinned where they are too many."""
     parts = []
     for chunk in chunks:

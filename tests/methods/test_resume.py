@@ -1,0 +1,220 @@
+"""A job that was stopped goes on where it was, and gives the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import xdonnx.methods.layerwise as layerwise
+from xdonnx.errors import JobError, MachineError
+from xdonnx.events import Event
+from xdonnx.job import run
+from xdonnx.machine import free_memory, machines_fault, parsed_bytes
+from xdonnx.model import fingerprint
+from xdonnx.paths import partial_folder
+from xdonnx.report import Report
+from xdonnx.wanted import Job
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+
+
+def job(folder: Path, **more: Any) -> Job:
+    options = {"method": ("cross", "tune"), "steps": 5, "macs": 0.5, "residual": True, "per_class": 2}
+    return Job(
+        model=SAMPLES / "digits_residual.onnx",
+        out=folder / "student.onnx",
+        shots=(str(SAMPLES / "shots"),),
+        preprocess={"preset": "unit"},
+        **{**options, **more},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the fingerprint of the student of a job that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(job(folder))
+    assert [path.name for path in folder.iterdir()] == ["student.onnx"]
+    return fingerprint(folder / "student.onnx")
+
+
+def stopping(at: str, number: int, error: BaseException) -> Callable[[Event], None]:
+    """Return a log that stops the job at the so-manieth event of a stage."""
+    seen: list[Event] = []
+
+    def log(event: Event) -> None:
+        if event.stage == at:
+            seen.append(event)
+            if len(seen) == number:
+                raise error
+
+    return log
+
+
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that fills with the layers that are fitted from now on."""
+    fitted: list[str] = []
+    fit = layerwise._Visitor._fit
+
+    def noting(self: Any, stop: Any) -> Any:
+        fitted.append(stop.layer.name)
+        return fit(self, stop)
+
+    monkeypatch.setattr(layerwise._Visitor, "_fit", noting)
+    return fitted
+
+
+@pytest.mark.parametrize(("stage", "number"), [("fit", 1), ("fit", 12), ("tune", 3), ("cut", 1)])
+def test_a_job_that_was_stopped_goes_on_to_the_same_bytes(
+    stage: str, number: int, whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(job(tmp_path), stopping(stage, number, KeyboardInterrupt()))
+    assert "--resume" in "".join(stopped.value.__notes__)
+    assert [path.name for path in tmp_path.iterdir()] == ["student.partial"]
+    fitted = solved(monkeypatch)
+
+    run(job(tmp_path, resume=True))
+
+    assert fingerprint(tmp_path / "student.onnx") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["student.onnx"]
+    if stage in ("tune", "cut"):
+        assert not fitted
+    if (stage, number) == ("fit", 12):
+        assert 0 < len(fitted) < 10
+
+
+def test_without_resume_a_job_starts_anew(whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path), stopping("fit", 12, KeyboardInterrupt()))
+    fitted = solved(monkeypatch)
+    run(job(tmp_path))
+    assert len(fitted) >= 12 and fingerprint(tmp_path / "student.onnx") == whole
+
+
+def test_what_lasts_of_a_killed_process_is_enough_to_go_on(whole: str, tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_resume import job, stopping
+from xdonnx.job import run
+from pathlib import Path
+class Killed(BaseException):
+    def __init__(self): os.kill(os.getpid(), {int(signal.SIGKILL)})
+seen = []
+def log(event):
+    seen.append(event.stage)
+    if seen.count("fit") == 4: Killed()
+run(job(Path({str(tmp_path)!r})), log)
+"""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    run(job(tmp_path, resume=True))
+    assert fingerprint(tmp_path / "student.onnx") == whole
+
+
+def test_a_damaged_entry_is_made_again(whole: str, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path), stopping("tune", 3, KeyboardInterrupt()))
+    for path in partial_folder(tmp_path / "student.onnx").glob("*.npz"):
+        path.write_bytes(path.read_bytes()[:100])
+    run(job(tmp_path, resume=True))
+    assert fingerprint(tmp_path / "student.onnx") == whole
+
+
+@pytest.mark.parametrize(("change", "named"), [({"seed": 1}, "samples, seed"), ({"macs": 0.6}, "macs")])
+def test_the_work_of_another_job_is_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path), stopping("fit", 2, KeyboardInterrupt()))
+    with pytest.raises(JobError, match=f"another job: {named} differ"):
+        run(job(tmp_path, resume=True, **change))
+    assert partial_folder(tmp_path / "student.onnx").is_dir(), "the work of the first job must not be lost"
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "student.partial").mkdir()
+    (tmp_path / "student.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(JobError, match="in the way"):
+        run(job(tmp_path))
+    assert (tmp_path / "student.partial" / "thesis.txt").read_text() == "mine"
+
+
+def test_resume_with_nothing_to_go_on_with_says_so(tmp_path: Path, whole: str) -> None:
+    report = run(job(tmp_path, resume=True))
+    assert any("starts anew" in warning for warning in report.warnings)
+    assert fingerprint(tmp_path / "student.onnx") == whole
+
+
+def test_a_defect_or_a_mistake_leaves_nothing_to_go_on_with(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(job(tmp_path), stopping("tune", 3, ZeroDivisionError()))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (RuntimeError("CUDA error: unspecified launch failure"), "GPU failed"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+    ],
+)
+def test_what_the_machine_fails_is_told_and_can_go_on(error: Exception, said: str, tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=said) as failed:
+        run(job(tmp_path), stopping("tune", 3, error))
+    assert "--resume" in "".join(failed.value.__notes__)
+    assert any((tmp_path / "student.partial").glob("*.npz"))
+
+
+def test_what_is_no_fault_of_the_machine_is_none() -> None:
+    assert machines_fault(RuntimeError("shapes differ")) is None and machines_fault(OSError("odd")) is None
+
+
+def test_a_journal_that_cannot_be_written_only_warns(
+    whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("xdonnx.journal.np.savez", full)
+    report = run(job(tmp_path))
+    assert report.exit_code == 0 and any("--resume will not find" in warning for warning in report.warnings)
+    assert fingerprint(tmp_path / "student.onnx") == whole
+
+
+def test_a_job_with_little_memory_gives_the_same_bytes_and_says_what_it_took(whole: str, tmp_path: Path) -> None:
+    report: Report = run(job(tmp_path, memory="1MB"))
+    assert fingerprint(tmp_path / "student.onnx") == whole
+    assert report.memory and report.memory.limit == 10**6 and report.memory.spilled > 10**6
+    assert report.memory.peak > 10**8
+    assert any("the peak may pass the limit" in warning for warning in report.warnings)
+    assert json.loads(report.model_dump_json())["memory"]["limit"] == 10**6
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("1.5 gib", 3 * 2**29), ("500m", 5 * 10**8), ("2048", 2048), (" 1kB ", 1000)]
+)
+def test_amounts_of_memory_are_read(text: str, size: int) -> None:
+    assert parsed_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "8 apples", "-1GB", "0", "0.1", "GB", "1e9", "nan"])
+def test_what_is_no_amount_of_memory_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="--memory is"):
+        job(tmp_path, memory=text)
+
+
+def test_some_memory_is_free() -> None:
+    assert 2**26 < free_memory() < 2**50

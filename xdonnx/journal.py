@@ -1,0 +1,136 @@
+"""What a job has done so far, kept beside OUT so that a job which was stopped can go on: `--resume`.
+
+Every finished piece of work - the plan, a layer, a method - is a file of its own, written whole or not at all. A job
+that goes on walks the network again, which is cheap, and takes from here what was dear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from xdonnx.errors import JobError
+from xdonnx.events import Event, Log, ignore
+from xdonnx.files import put
+
+IDENTITY = "job.json"
+_FACTS = "facts"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished piece of work.
+
+    Parameters
+    ----------
+    arrays : {name: array}
+    facts : dict
+        What JSON can hold.
+    """
+
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The folder of one job.
+
+    Parameters
+    ----------
+    folder : Path
+    identity : dict
+        What the job rests on, as JSON can hold it: work of another job is never taken.
+    prefix : str
+        Of all keys.
+    log : callable
+        Told once where nothing can be written: the job goes on without.
+
+    Notes
+    -----
+    Made by :func:`open_journal`. The folder is made with the first entry.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    prefix: str = ""
+    log: Log = ignore
+
+    def under(self, prefix: str) -> Journal:
+        """Return the same journal for a part of the job."""
+        return replace(self, prefix=f"{self.prefix}{prefix}/")
+
+    def entry(self, key: str) -> Entry | None:
+        """Return a finished piece of work, None where it is not there or not whole."""
+        try:
+            with self._path(key).open("rb") as file, np.load(file, allow_pickle=False) as found:
+                arrays = {name: found[name] for name in found.files}
+            facts = json.loads(str(arrays.pop(_FACTS)))
+            return Entry({name: arrays[str(at)] for at, name in enumerate(facts["names"])}, facts["facts"])
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return None
+
+    def keep(self, key: str, entry: Entry) -> None:
+        """Write a finished piece of work."""
+        path = self._path(key)
+        draft = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+        try:
+            if not (self.folder / IDENTITY).exists():
+                self.folder.mkdir(exist_ok=True)
+                put(self.folder / IDENTITY, json.dumps(dict(self.identity), indent=2))
+            arrays = {str(at): array for at, array in enumerate(entry.arrays.values())}
+            facts = json.dumps({"names": list(entry.arrays), "facts": dict(entry.facts)})
+            np.savez(draft, **{_FACTS: np.array(facts)}, **arrays)  # type: ignore[arg-type]
+            os.replace(draft, path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            text = f"--resume will not find all of this job: cannot write into '{self.folder}': {error.strerror}."
+            self.log(Event("fit", text, level="warning"))
+
+    def close(self) -> None:
+        """Remove the folder."""
+        if (self.folder / IDENTITY).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, key: str) -> Path:
+        # Names of values may hold anything; digests are names of files everywhere.
+        return self.folder / f"{hashlib.sha256(f'{self.prefix}{key}'.encode()).hexdigest()[:32]}.npz"
+
+
+def open_journal(folder: Path, identity: Mapping[str, Any], log: Log = ignore, *, resume: bool) -> Journal:
+    """Open the journal of a job; without `resume` what an earlier job left is removed.
+
+    Raises
+    ------
+    JobError
+        The folder is something else, or holds the work of another job.
+    """
+    known = json.loads(json.dumps(dict(identity)))
+    try:
+        found = json.loads((folder / IDENTITY).read_text())
+    except (OSError, ValueError):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise JobError(
+                f"'{folder}' is in the way: what --resume needs is kept there.\n  Move it, or name another OUT."
+            ) from None
+        found = None
+    if found is not None and not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif resume:
+        if found is None:
+            log(Event("read", "--resume: there is nothing to go on with; the job starts anew.", level="warning"))
+        elif differing := sorted(key for key in {*known, *found} if known.get(key) != found.get(key)):
+            raise JobError(
+                f"'{folder}' holds the work of another job: {', '.join(differing)} differ.\n"
+                "  Repeat that job's command, or leave --resume out to start anew."
+            )
+    return Journal(folder, known, log=log)

@@ -1,0 +1,96 @@
+"""How a job that was stopped goes on: what its work rests on, and which of it is done already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from xdonnx.allocation import Curve
+from xdonnx.budget import Plan
+from xdonnx.errors import MachineError
+from xdonnx.graph import Net
+from xdonnx.journal import IDENTITY, Entry, Journal
+from xdonnx.machine import machines_fault
+from xdonnx.methods.layerwise import Bench, Outcome, Trace
+from xdonnx.model import fingerprint, model_files
+from xdonnx.patch import Patch
+from xdonnx.report import plain, tool
+from xdonnx.shots import Shots
+from xdonnx.verification import shots_facts
+from xdonnx.wanted import Job
+
+# What may differ between a job and the one that goes on with it: it changes nothing of the student.
+_FREE = {"out", "gate", "force", "external_data", "resume", "memory"}
+
+
+def identity(job: Job, fit: Shots, device: str) -> dict[str, Any]:
+    """Return all that the student rests on: options, files, samples, versions."""
+    versions = tool()
+    return {
+        **{name: value for name, value in plain(job.model_dump()).items() if name not in _FREE},
+        "teacher": [fingerprint(path) for path in model_files(job.model)],
+        "samples": shots_facts(fit, "").sha256,
+        "device": device,
+        "versions": {"xdonnx": versions.version, "torch": versions.torch},
+    }
+
+
+@contextmanager
+def keeping(journal: Journal) -> Iterator[None]:
+    """Keep the journal where the job is stopped or the machine fails it; remove it however else the job ends."""
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit, MachineError)) or machines_fault(error)
+        if stopped and (journal.folder / IDENTITY).exists():
+            error.add_note("What was done so far is kept. To go on: the same command with --resume.")
+        else:
+            journal.close()
+        raise
+    journal.close()
+
+
+def staged(
+    at: int, method: Any, net: Net, patch: Patch, fit: Shots, plan: Plan, bench: Bench, journal: Journal
+) -> Outcome:
+    """Return what a method makes of a patch: as an earlier run found it, or anew.
+
+    Parameters
+    ----------
+    at : int
+        Place of the method in the chain.
+    """
+    known = journal.entry(f"method {at}")
+    if known:
+        facts = known.facts
+        state = torch.tensor(known.arrays[_STATE])
+        bench.generator.set_state(state)
+        tensors = {name: array for name, array in known.arrays.items() if name != _STATE}
+        traces = tuple(Trace(*trace) for trace in facts["traces"])
+        return Outcome(Patch(tensors, frozenset(facts["drop"])), traces)
+    found: Outcome = method(net, patch, fit, plan, replace(bench, journal=journal.under(str(at))))
+    arrays: Mapping[str, np.ndarray] = {**found.patch.tensors, _STATE: bench.generator.get_state().numpy()}
+    traces_made = [
+        [trace.layer, trace.objective_before, trace.objective_after, trace.seconds] for trace in found.traces
+    ]
+    journal.keep(f"method {at}", Entry(arrays, {"drop": sorted(found.patch.drop), "traces": traces_made}))
+    return found
+
+
+# No initializer is called so.
+_STATE = ""
+
+
+def recalled_curves(journal: Journal, measured: Callable[[], tuple[Curve, ...]]) -> tuple[Curve, ...]:
+    """Return the error curves: as an earlier run measured them, or anew."""
+    known = journal.entry("curves")
+    if known:
+        return tuple(Curve(group, tuple((k, e) for k, e in points)) for group, points in known.facts["curves"])
+    found = measured()
+    journal.keep("curves", Entry(facts={"curves": [[curve.group, curve.points] for curve in found]}))
+    return found
