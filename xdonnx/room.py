@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from xdonnx.graph import Net
 from xdonnx.machine import SHARE, free_memory, peak_memory, taken_memory
 from xdonnx.methods.joint import WIDEST
 from xdonnx.shelf import Room
-from xdonnx.walk import chunked
+from xdonnx.walk import chunked, largest_value
 
 # Matrices of d x d in float64 that the fit of one layer holds at once, and chunks of the largest value.
 _MATRICES, _CHUNKS = 9, 8
@@ -75,6 +74,5 @@ def allowance(
 def working_memory(net: Net, inputs: Mapping[str, np.ndarray]) -> int:
     """Return about how many bytes the fit of the largest layer takes, and the chunks that a step works on."""
     rows = max((len(next(iter(batch.values()))) for batch in chunked(net, inputs)), default=1)
-    largest = max((prod(shape[1:]) for shape in net.shapes.values()), default=1)
     system = max((layer.groups * min(len(layer.columns), WIDEST) ** 2 for layer in net.layers.values()), default=0)
-    return _MATRICES * 8 * system + _CHUNKS * 4 * rows * largest
+    return _MATRICES * 8 * system + _CHUNKS * 4 * rows * largest_value(net)

@@ -51,6 +51,9 @@ class Stop:
 # What one value of all rows may take: a walk holds a few of them, for two networks. And the multiply-accumulates of all
 # rows in one network: ten seconds on a core.
 MOST_BYTES, MOST_MACS = 1 << 28, 2e11
+# What one value of one chunk may take: a step works on a few of them. By the graph alone, whatever memory there is, so
+# that a job gives the same bytes everywhere.
+CHUNK_BYTES = 1 << 26
 
 Weights = tuple[Tensor, Tensor | None]
 Visit = Callable[[Stop], Weights | None]
@@ -58,19 +61,24 @@ Visit = Callable[[Stop], Weights | None]
 
 def affordable(net: Net, rows: int) -> int:
     """Return how many rows of views a walk may be shown, at most `rows`: within `MOST_BYTES` and `MOST_MACS`."""
-    largest = max((prod(shape[1:]) for shape in net.shapes.values()), default=1)
+    largest = largest_value(net)
     macs = sum(layer.macs for layer in net.layers.values())
-    return min(rows, MOST_BYTES // (4 * max(1, largest)), int(MOST_MACS / max(1, macs)))
+    return min(rows, MOST_BYTES // (4 * largest), int(MOST_MACS / max(1, macs)))
+
+
+def largest_value(net: Net) -> int:
+    """Return the elements that the largest value of the graph has for one sample."""
+    return max((prod(shape[1:]) for shape in net.shapes.values() if shape), default=1) or 1
 
 
 def chunked(net: Net, inputs: Mapping[str, np.ndarray], most: int = 64) -> list[dict[str, np.ndarray]]:
-    """Cut rows into batches that the graph accepts: its fixed batch size, or up to `most`.
+    """Cut rows into batches that the graph accepts: its fixed size, or up to `most`, fewer where values are large.
 
     Rows that do not fill a fixed batch are left out.
     """
     rows = len(next(iter(inputs.values())))
     fixed = [p.shape[0] for p in net.interface.inputs if p.shape and isinstance(p.shape[0], int)]
-    size = fixed[0] if fixed else most
+    size = fixed[0] if fixed else min(most, max(1, CHUNK_BYTES // (4 * largest_value(net))))
     starts = range(0, rows - size + 1 if fixed else rows, size)
     return [{name: array[start : start + size] for name, array in inputs.items()} for start in starts]
 
