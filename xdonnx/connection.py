@@ -230,7 +230,7 @@ def compensated(q: Quadratic, connection: Connection, missing: Missing, teacher_
     return Quadratic(q.hess, lin, const)
 
 
-def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool) -> Quadratic:
+def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool, curvature: Tensor | None = None) -> Quadratic:
     """Add a pull toward known weights, `lambda * |W - toward|^2`, that makes the minimum unique.
 
     Parameters
@@ -242,6 +242,8 @@ def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool) -> Quadrat
     bias
         Whether the last column is the bias. It is practically not pulled (a millionth of lambda): its input is
         exactly one, so a few shots determine it well, and it has to move when the removed inputs had a mean.
+    curvature : (g, 1), optional
+        The mean diagonal of H, where `q` has only some of its columns.
 
     Returns
     -------
@@ -259,8 +261,7 @@ def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool) -> Quadrat
         return q
     toward = toward.to(q.hess)
     diagonal = q.hess.diagonal(dim1=1, dim2=2)
-    inputs = diagonal[:, :-1] if bias else diagonal
-    mean = inputs.mean(1, keepdim=True) if inputs.shape[1] else torch.ones_like(diagonal[:, :1])
+    mean = mean_curvature(q.hess, bias=bias) if curvature is None else curvature
     # A group that no shot ever excites says nothing: any positive pull returns `toward`.
     mean = torch.where(mean > 0, mean, 1.0)
     pull = (ridge * mean).expand_as(diagonal).clone()
@@ -268,6 +269,19 @@ def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool) -> Quadrat
         pull[:, -1] *= 1e-6
     pulled = toward * pull[:, None]
     return Quadratic(q.hess + torch.diag_embed(pull), q.lin + pulled, q.const + (pulled * toward).sum((1, 2)))
+
+
+def mean_curvature(hess: Tensor, *, bias: bool) -> Tensor:
+    """Return the mean diagonal of H, group by group, (g, 1); the bias, where it is the last column, left out."""
+    diagonal = hess.diagonal(dim1=1, dim2=2)
+    inputs = diagonal[:, :-1] if bias else diagonal
+    return inputs.mean(1, keepdim=True) if inputs.shape[1] else torch.ones_like(diagonal[:, :1])
+
+
+def mixed_curvature(connection: Connection, curvatures: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return the mean diagonal that H has under a connection, from those of `tt`, `ts` and `ss`."""
+    tt, ts, ss = curvatures
+    return _total([w * (t * t * tt + 2 * t * s * ts + s * s * ss) for w, _, (t, s) in connection.terms])
 
 
 def restricted(quadratic: Quadratic, alive: Tensor) -> Quadratic:

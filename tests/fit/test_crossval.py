@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from xdonnx.columns import Geometry, to_matrix
-from xdonnx.connection import correction, imitation, regression, soft
+from xdonnx.connection import correction, cross, imitation, regression, restricted, soft
 from xdonnx.crossval import choose, measure_folds, total
 from xdonnx.moments import measure, measure_missing
 
@@ -347,3 +347,23 @@ def test_with_another_branch_a_change_needs_the_lean_and_no_more():
             wrong += chosen(folds, CANDIDATES, weight, mask, columns, lean=gain - 1e-7) != best
             wrong += chosen(folds, CANDIDATES, weight, mask, columns, lean=gain + 1e-7) != 0
     assert wrong == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fold_of_some_columns_has_the_errors_of_the_whole_with_the_others_at_zero(seed: int) -> None:
+    torch.manual_seed(seed)
+    x_t, x_s = torch.randn(2, 40, 6).double()
+    beside = ([torch.randn(40, 4).double()], [torch.randn(40, 4).double()])
+    teacher = torch.randn(1, 4, 7).double()
+    (whole,) = measure_folds([x_t], [x_s], beside, LINEAR, bias=True, rows=40, samples=40, folds=1)
+    whole = whole.with_teacher(teacher)
+    columns = torch.tensor([True, False, True, True, False, False, True])
+    part = whole.restricted(columns, bias=True)
+
+    for candidate in ((soft(0.9, 0.5), 0.3), (cross(0.4), 0.1), (regression(), 0.0)):
+        expected = restricted(whole.quadratic(candidate, teacher, bias=True), columns)
+        found = part.quadratic(candidate, teacher[..., columns], bias=True)
+        torch.testing.assert_close(found.hess, expected.hess)
+        torch.testing.assert_close(found.lin, expected.lin)
+    both = (part + part).quadratic((soft(0.9, 0.5), 0.3), teacher[..., columns], bias=True)
+    torch.testing.assert_close(both.hess, part.quadratic((soft(0.9, 0.5), 0.3), teacher[..., columns], bias=True).hess)
