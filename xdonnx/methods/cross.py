@@ -71,6 +71,11 @@ class Cross:
     views: int | None = None
     effort: str = "balanced"
 
+    @property
+    def pools(self) -> bool:
+        """Whether it draws from a pool; the published procedure does not."""
+        return self.effort != "paper"
+
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
             near = did_you_mean(self.effort, EFFORTS)
