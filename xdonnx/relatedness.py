@@ -86,6 +86,8 @@ class Gauge:
         rows = len(next(iter(feed.values())))
         size = self.batch or rows
         parts = []
+        if not self.names:
+            return np.zeros((rows, 0))
         for start in range(0, rows, size):
             part = {name: values[start : start + size] for name, values in feed.items()}
             lacking = size - len(next(iter(part.values())))
@@ -108,7 +110,7 @@ class Gauge:
                 columns += of_latent(found[name].reshape(rows, -1).astype(np.float64), weights[logits.argmax(1)])
         if self.norms:
             columns += of_norms([_whitened(norm, found) for norm in self.norms])
-        return np.stack(columns, axis=1) if columns else np.zeros((rows, 0))
+        return np.stack(columns, axis=1)
 
 
 def open_gauge(proto: onnx.ModelProto, sample: Mapping[str, Array], *, device: str = "cpu") -> Gauge:
