@@ -235,7 +235,8 @@ def _samples(report: Report) -> str:
     if report.fidelity is None:
         return ""
     count, held = report.fidelity.samples, report.fidelity.held_out
-    fitted = "" if report.fit_samples is None else f"fitted on {report.fit_samples}, "
+    pool = f" and a pool of {report.pool.used}" if report.pool else ""
+    fitted = "" if report.fit_samples is None else f"fitted on {report.fit_samples}{pool}, "
     also = "" if held else ", which also fitted the student"
     return f"{fitted}judged on {count} {'held-out ' * held}sample{'s' * (count != 1)}{also}"
 
