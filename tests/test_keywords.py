@@ -80,6 +80,8 @@ EXAMPLES: dict[str, tuple[Any, list[str]]] = {
     "views": (5, ["5"]),
     "steps": (4, ["4"]),
     "preset_effort": ("fast", ["fast"]),
+    "pool": (["p", "q"], ["p", "q"]),
+    "pool_draw": ("uniform", ["uniform"]),
     "force": (True, []),
     "external_data": ("never", ["never"]),
     "resume": (True, []),

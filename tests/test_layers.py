@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "xdonnx"
 ROWS = [
-    {"errors", "events", "files", "figures"},
+    {"errors", "events", "files", "figures", "scorecache", "sheet"},
     {
         "model",
         "prepare",
@@ -30,9 +30,9 @@ ROWS = [
     {"layers", "reshaping", "sources", "stem", "feeds", "solve", "contributions", "worst", "summary", "junit", "plot"},
     {"rows", "tensors"},
     {"rules", "gate", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
-    {"graph", "verification", "memory", "publication", "direct"},
-    {"patch", "budget", "convert", "doctor", "keywords", "samples"},
-    {"walk", "survey", "student", "planfile", "agreement", "judging"},
+    {"graph", "verification", "memory", "publication", "direct", "pool"},
+    {"patch", "budget", "convert", "doctor", "keywords", "samples", "relatedness"},
+    {"walk", "survey", "student", "planfile", "agreement", "judging", "collection"},
     {"methods.joint", "methods.wide", "wanted"},
     {"methods.layerwise", "room"},
     {"methods.training", "allocation", "accounting"},
@@ -55,7 +55,8 @@ TORCH_FREE = {
     "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verification", "fidelity", "patch", "budget",
     "worst", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths", "planfile",
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
-    "tensors", "samples", "judging", "files", "figures", "wanted", "machine", "journal",
+    "tensors", "samples", "judging", "files", "figures", "wanted", "machine", "journal", "pool", "scorecache",
+    "sheet", "relatedness", "collection",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",

@@ -80,6 +80,14 @@ class Fold:
         """Return the fold with what all connections need of the teacher's weights (g, o, d), computed once."""
         return replace(self, known=projected(self.moments, teacher))
 
+    def and_share(self, other: Fold | None, share: float) -> Fold:
+        """Return both together, the other one with this share of the weight that this one has."""
+        if other is None or not share:
+            return self
+        # Only the proportion of the counts matters.
+        count = round(share * self.moments.count) or 1
+        return self + replace(other, moments=replace(other.moments, count=count))
+
     def quadratic(self, candidate: Candidate, teacher: Tensor, *, bias: bool) -> Quadratic:
         """Return the error of the student's weights under a connection and a ridge."""
         connection, ridge = candidate
@@ -181,11 +189,14 @@ def choose(
     *,
     bias: bool,
     lean: float,
+    pool: Fold | None = None,
+    shares: Sequence[float] = (0.0,),
 ) -> int:
     """Return the index of the candidate whose refit has the least error on folds that it did not see.
 
     Parameters
     ----------
+    candidates : sequence of (Connection, float)
     teacher : (g, o, d)
         The teacher's weights, pulled towards and imitated.
     mask : BoolTensor (g, o, d)
@@ -196,6 +207,10 @@ def choose(
         Whether the last column is the bias.
     lean : float
         By what share a candidate has to be better than the first.
+    pool : Fold, optional
+        Of rows that are fitted besides and never judge.
+    shares : sequence of float
+        The weight of the pool for each candidate, or for all of them; see `Fold.and_share`.
 
     Returns
     -------
@@ -205,14 +220,19 @@ def choose(
     if len(folds) < 2:
         return 0
     errors = torch.zeros(len(candidates), dtype=torch.float64)
+
     # What is gone is gone for all candidates: systems of half the columns cost a quarter.
-    parts = [(fold if fold.known else fold.with_teacher(teacher)).restricted(columns, bias=bias) for fold in folds]
+    def left(fold: Fold) -> Fold:
+        return (fold if fold.known else fold.with_teacher(teacher)).restricted(columns, bias=bias)
+
+    parts, aside = [left(fold) for fold in folds], None if pool is None else left(pool)
     kept, toward = mask[..., columns], teacher[..., columns]
     for at, unseen in enumerate(folds):
         seen = total([part for other, part in enumerate(parts) if other != at])
         judge = restricted(unseen.quadratic((regression(), 0.0), teacher, bias=bias), columns)
         for index, candidate in enumerate(candidates):
-            found = refit(seen.quadratic(candidate, toward, bias=bias), kept, toward)
+            fitted = seen.and_share(aside, shares[min(index, len(shares) - 1)])
+            found = refit(fitted.quadratic(candidate, toward, bias=bias), kept, toward)
             errors[index] += float(judge(found)) * unseen.moments.count
     best = int(errors.argmin())
     return best if float(errors[best]) < (1 - lean) * float(errors[0]) else 0

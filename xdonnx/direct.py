@@ -40,6 +40,23 @@ class Seen(NamedTuple):
     beside: tuple[Chunks, Chunks] | None
     geometry: Geometry
 
+    def apart(self, count: int) -> tuple[Seen, Seen | None]:
+        """Return the first so many chunks, and the others where there are any."""
+        if len(self.teacher) <= count:
+            return self, None
+        parts = []
+        for place in (slice(count), slice(count, None)):
+            beside = None if self.beside is None else (self.beside[0][place], self.beside[1][place])
+            parts.append(Seen(self.teacher[place], self.student[place], beside, self.geometry))
+        return parts[0], parts[1]
+
+
+def blended(own: Quadratic, other: Quadratic, share: float) -> Quadratic:
+    """Return the error on both, the second with this share of the weight of the first; as `Fold.and_share` does."""
+    ours, theirs = 1 / (1 + share), share / (1 + share)
+    parts = ((own.hess, other.hess), (own.lin, other.lin), (own.const, other.const))
+    return Quadratic(*(ours * a + theirs * b for a, b in parts))
+
 
 def dear(columns: int, positions: int) -> bool:
     """Return whether a layer's moments over so many positions would take too long."""

@@ -246,7 +246,9 @@ def _written(tensor: Tensor, path: Path) -> Callable[[], Tensor]:
     back = [order.index(axis) for axis in range(len(order))]
 
     def load() -> Tensor:
-        found = torch.from_numpy(np.fromfile(path, np.uint8)).view(kind).reshape(shape)
+        bits = torch.from_numpy(np.fromfile(path, np.uint8))
+        # No byte can be viewed as nothing of another kind.
+        found = (bits.view(kind) if len(bits) else torch.empty(0, dtype=kind)).reshape(shape)
         return found.to(device).permute(back)
 
     return load

@@ -85,7 +85,12 @@ def chunked(net: Net, inputs: Mapping[str, np.ndarray], most: int = 64) -> list[
 
 @torch.no_grad()
 def walk(
-    net: Net, program: Program, inputs: Mapping[str, np.ndarray], visit: Visit, room: Room | None = None
+    net: Net,
+    program: Program,
+    inputs: Mapping[str, np.ndarray],
+    visit: Visit,
+    room: Room | None = None,
+    others: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, list[Tensor]], ...]:
     """Execute every node once for teacher and student; values nobody reads any more are freed.
 
@@ -97,6 +102,8 @@ def walk(
     room : Room, optional
         For the values that are held between two steps; what has no room there lies in temporary files. By default all
         are held.
+    others : {graph input: (m, ...)}, optional
+        Further rows, in chunks of their own behind the others.
 
     Returns
     -------
@@ -107,7 +114,7 @@ def walk(
     MachineError
         The disk is full.
     """
-    batches = chunked(net, inputs)
+    batches = chunked(net, inputs) + (chunked(net, others) if others else [])
     reads: dict[str, list[int]] = {}
     for at, step in enumerate(program.steps):
         for name in dict.fromkeys(step.inputs):
