@@ -27,7 +27,7 @@ ROWS = [
     {"layers", "reshaping", "sources", "stem", "feeds", "solve", "contributions", "worst", "summary", "junit", "plot"},
     {"rows", "tensors"},
     {"rules", "gate", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
-    {"graph", "verification", "memory", "publication", "direct"},
+    {"graph", "verification", "memory", "publication", "direct", "pool"},
     {"patch", "budget", "convert", "doctor", "keywords", "samples"},
     {"walk", "survey", "student", "planfile", "agreement", "judging"},
     {"methods.joint", "methods.wide", "methods.attention", "wanted"},
@@ -51,7 +51,7 @@ TORCH_FREE = {
     "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verification", "fidelity", "patch", "budget",
     "worst", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths", "planfile",
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
-    "tensors", "samples", "judging", "files", "figures", "wanted",
+    "tensors", "samples", "judging", "files", "figures", "wanted", "pool",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",

@@ -7,7 +7,7 @@ After another method (`--method cross --method bp`) nothing more is removed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.nn import functional
@@ -74,9 +74,9 @@ class BP:
             assert batch.labels is not None
             return functional.cross_entropy(batch.student[scores].flatten(1), batch.labels)
 
-        return train(
-            net, patch, shots, loss, schedule(net, self.effort, self.steps, mix=False), bench, Taps((), (scores,))
-        )
+        plan_of_steps = schedule(net, self.effort, self.steps, mix=False)
+        # Images of a pool have no labels to learn.
+        return train(net, patch, shots, loss, plan_of_steps, replace(bench, pool=None), Taps((), (scores,)))
 
     def check(self, structure: str) -> None:
         """Any structure will do: what is zero stays zero."""

@@ -28,6 +28,7 @@ from xdonnx.methods.joint import WIDEST, joint_choice
 from xdonnx.methods.wide import Fit, regressed, sampled_columns
 from xdonnx.moments import enough
 from xdonnx.patch import Patch
+from xdonnx.pool import Pool
 from xdonnx.solve import Solver, refit
 from xdonnx.structure import Channel, Element, NofM, Structure, units
 from xdonnx.walk import Stop, Weights, chunked, walk
@@ -50,11 +51,14 @@ class Bench:
         Every step checked against onnxruntime.
     generator : torch.Generator
     log : callable
+    pool : Pool, optional
+        Unlabelled images besides the shots, for methods that draw from them.
     """
 
     program: Program
     generator: torch.Generator
     log: Log = ignore
+    pool: Pool | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xdonnx.augment import image_axes, mixed, moved
 from xdonnx.errors import JobError, ModelError, did_you_mean
@@ -24,6 +25,7 @@ from xdonnx.events import Event
 from xdonnx.graph import Net
 from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.patch import Patch
+from xdonnx.pool import UNLABELLED
 from xdonnx.shots import Shots
 from xdonnx.student import Student, Taps, execute, find_taps, open_student, teacher_weights
 
@@ -56,7 +58,7 @@ class Batch:
     teacher, student : {value: Tensor}
         At the taps; the teacher's without the channels that the student lost.
     labels : Tensor (n,) or None
-        None where samples are unlabelled or mixed.
+        None where samples are unlabelled or mixed; `pool.UNLABELLED` for images of the pool, which come last.
     whole : {value: Tensor}
         The teacher's with all their channels.
     """
@@ -165,6 +167,7 @@ def train(
         A `Lesson` has parts that learn too.
     plan : Schedule
     bench : Bench
+        Where it has a pool, half of every batch is drawn from that, never what judges.
     taps : Taps, optional
     judge : callable, optional
         Judges instead of `loss`, whose value a `Lesson` cannot compare between steps.
@@ -190,7 +193,7 @@ class _Run:
     ) -> None:
         self.net, self.start, self.plan, self.taps = net, patch, plan, taps
         self.loss, self.measure = losses
-        self.program, self.generator, self.log = bench.program, bench.generator, bench.log
+        self.program, self.generator, self.log, self.pool = bench.program, bench.generator, bench.log, bench.pool
         self.seed = int(bench.generator.initial_seed()) % 2**63
         device = bench.program.device
         self.inputs = {name: torch.tensor(array, device=device) for name, array in shots.inputs.items()}
@@ -279,12 +282,14 @@ class _Run:
         lesson = self.loss if isinstance(self.loss, Lesson) else None
         if lesson is not None:
             lesson.begin(self.student, steps)
+        half = self.plan.batch // 2
+        others = self.pool.batches(half, self.seed) if self.pool is not None and half else None
         for step in range(steps):
             factor = rate * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = factor * sizes[group["name"]]
             optimizer.zero_grad(set_to_none=True)
-            inputs, labels = self._batch(generator)
+            inputs, labels = self._batch(generator, next(others) if others else None)
             for at in range(0, self.plan.batch, self.most):
                 rows = slice(at, at + self.most)
                 part = {name: x[rows] for name, x in inputs.items()}
@@ -308,17 +313,24 @@ class _Run:
                     best, least = {name: tensor.clone() for name, tensor in average.items()}, error
         return (best, least) if checks else (average, math.nan)
 
-    def _batch(self, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor | None]:
-        size = self.plan.batch
+    def _batch(
+        self, generator: torch.Generator, others: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return views of some samples, and of images of the pool behind them."""
+        size = self.plan.batch - (len(next(iter(others.values()))) if others else 0)
         rows = torch.cat(
             [self.fits[torch.randperm(len(self.fits), generator=generator)] for _ in range(-(-size // len(self.fits)))]
         )[:size].to(self.program.device)
         inputs = {name: x[rows] for name, x in self.inputs.items()}
+        labels = None if self.labels is None else self.labels[rows]
+        if others:
+            inputs = {name: torch.cat([x, torch.as_tensor(others[name]).to(x)]) for name, x in inputs.items()}
+            labels = None if labels is None else functional.pad(labels, (0, self.plan.batch - size), value=UNLABELLED)
         if self.axes is not None:
             inputs = {name: moved(x, self.axes, generator) for name, x in inputs.items()}
         if self.plan.mix:
             return mixed(inputs, generator, self.axes), None
-        return inputs, None if self.labels is None else self.labels[rows]
+        return inputs, labels
 
     def _loss(
         self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], labels: Tensor | None, *, exact: bool = False
