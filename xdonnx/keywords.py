@@ -111,7 +111,7 @@ class CompressOptions(SharedOptions, total=False):
         Whether layers lose by their error curves.
     method : str or sequence of str
         As `xdonnx methods` lists them; several are chained.
-    connection, mu, alpha, beta, solver, ridge, views, steps, preset_effort
+    connection, mu, alpha, beta, solver, ridge, views, steps, adversarial, preset_effort
         How it is done: the options of the methods.
     gate : Gate
         The limits all at once, in place of max_drop and its like.
@@ -140,6 +140,7 @@ class CompressOptions(SharedOptions, total=False):
     ridge: float
     views: int
     steps: int
+    adversarial: bool
     preset_effort: str
     gate: Gate
     force: bool

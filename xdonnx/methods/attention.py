@@ -1,13 +1,12 @@
 """Task-driven attention: the maps of a network at several depths, each squeezed into one vector.
 
-With L_i (c_i, p) the map of level i, g a summary of the last map and d_{i+1} the vector of the level above:
-  M_i = softmax over the p positions of  w_i . tanh(K_i L_i + Q_i [g, d_{i+1}])
+With L_i the map of level i, g a summary of the last map and d_{i+1} the vector of the level above:
+  M_i = softmax over the p positions of  w_i . relu(K_i L_i + Q_i [g, d_{i+1}])
   d_i = sum over positions of M_i L_i
-so that what was seen coarsely says where to look more finely. The tanh is needed: were the scores linear in their sum,
+so that what was seen coarsely says where to look more finely. The relu is needed: were the scores linear in their sum,
 the query would add the same number at every position, and the softmax would cancel it.
 
-d_i is a weighted mean of the network's own features, so attention chooses among them and can neither shrink nor invent
-any: where the features differ between samples and positions, no weights make all d_i alike, or zero.
+d_i is a weighted mean of the network's own features: attention chooses among them and can neither scale nor invent any.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 # Numbers in which keys and queries meet.
-FEATURES = 64
+FEATURES = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +95,8 @@ def squeezed(weights: Attention, maps: Sequence[Tensor], scales: Sequence[Tensor
 
     Parameters
     ----------
-    maps : sequence of Tensor (n, c_i, p_i)
-        From fine to coarse.
+    maps : sequence of Tensor (n, p_i, c_i)
+        From fine to coarse; channels last, as they lie in memory.
     scales : sequence of Tensor ()
         The size of the teacher's features at each level: attention reads them in such units.
 
@@ -107,14 +106,14 @@ def squeezed(weights: Attention, maps: Sequence[Tensor], scales: Sequence[Tensor
         In the units of the maps.
     """
     found: list[Tensor] = []
-    query = maps[-1].mean(2) / scales[-1] @ weights.summary.T
+    query = maps[-1].mean(1) / scales[-1] @ weights.summary.T
     for level in reversed(range(len(maps))):
         asked = torch.cat([query, found[0] / scales[level + 1]], 1) if found else query
         values = maps[level]
-        keys = torch.matmul(weights.keys[level] / scales[level], values)
-        seen = torch.tanh(keys + (asked @ weights.queries[level].T).unsqueeze(2))
-        share = torch.softmax(torch.einsum("f,nfp->np", weights.scores[level], seen), 1)
-        vector = torch.bmm(values, share.unsqueeze(2)).squeeze(2)
+        keys = values @ (weights.keys[level] / scales[level]).T
+        seen = torch.relu(keys + (asked @ weights.queries[level].T).unsqueeze(1))
+        share = torch.softmax(seen @ weights.scores[level], 1)
+        vector = torch.bmm(share.unsqueeze(1), values).squeeze(1)
         found.insert(0, vector @ weights.transforms[level].T if weights.transforms else vector)
     return tuple(found)
 

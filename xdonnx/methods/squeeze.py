@@ -123,10 +123,14 @@ class Squeeze:
 
 
 def levels(net: Net, taps: Taps) -> dict[str, int]:
-    """Return {stage: axis of its channels} for the last stages that hold a row for each sample, fine to coarse."""
+    """Return {stage: axis of its channels} for the last stages that layers end in, fine to coarse.
+
+    What only slices or pools the stage before says nothing new; a stage without a row for each sample cannot be read.
+    """
     rows = net.shapes[net.interface.inputs[0].name][:1]
-    stages = [name for name in taps.stages if net.shapes[name][:1] == rows][-MOST_LEVELS:]
-    return {name: net.tracks[name].axis if name in net.tracks else 1 for name in stages}
+    sizes = {net.shapes[name][2:] for name in net.layers}
+    stages = [name for name in taps.stages if net.shapes[name][:1] == rows and net.shapes[name][2:] in sizes]
+    return {name: net.tracks[name].axis if name in net.tracks else 1 for name in stages[-MOST_LEVELS:]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +225,7 @@ class Squeezing:
 
     def _opened(self, batch: Batch, teacher: list[Tensor], rows: Tensor) -> Parts:
         generator = torch.Generator().manual_seed(self.seed)
-        widths, device = [features.shape[1] for features in teacher], rows.device
+        widths, device = [features.shape[2] for features in teacher], rows.device
         whole = attention(widths, generator, device)
         picks = [
             self.picks[name][1] if name in self.picks else torch.arange(width, device=device)
@@ -277,5 +281,5 @@ def _has_rows(value: Tensor, many: int) -> bool:
 
 
 def _map(value: Tensor, axis: int) -> Tensor:
-    """Return a value as (n, channels, positions)."""
-    return value.movedim(axis, 1).flatten(2)
+    """Return a value as (n, positions, channels)."""
+    return value.movedim(axis, -1).flatten(1, -2)
