@@ -66,7 +66,7 @@ def compress(
     from xdonnx.paths import check_student, report_folder
 
     folder = report_folder(files.out, files.report_dir)
-    options = {**vars(recipe), "method": tuple(recipe.method or ("cross",))}
+    options = {**vars(recipe), "method": tuple(recipe.method or ("cross",)), "pool": tuple(recipe.pool or ())}
     if files.dry_run:
         check_cheaply(model, target, options["method"])
         return _dry_run(_job(model, plan, options, fields(data, pixels, sizes, target), limits, files), origins, talk)

@@ -36,7 +36,7 @@ CONFIGURED = ("compress", "plan", "verify", "gate", "inspect", "bench")
 # Meant something else by each command, so it stands in a command's own table.
 OWN = ("out", "report_dir")
 # Of ours, but no options: the folder of real models that tests run on, and the one that says which file.
-_OTHERS = ("XDONNX_DATA", "XDONNX_CONFIG")
+_OTHERS = ("XDONNX_DATA", "XDONNX_CONFIG", "XDONNX_CACHE")
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 Value = str | list[str] | bool
@@ -308,7 +308,7 @@ def _of_toml(flag: Flag, value: Any, origin: Origin, base: Path) -> Value:
             raise JobError(f"{origin}: {flag.key} is {_said(value)}, and a switch.\n  Write true or false.")
         return value
     if flag.kind == "list":
-        if isinstance(value, dict) and flag.name in ("shots", "input_shape"):
+        if isinstance(value, dict) and flag.name in ("shots", "pool", "input_shape"):
             return [_pair(flag, name, what, origin, base) for name, what in value.items()]
         return [_one(flag, part, origin, base) for part in (value if isinstance(value, list) else [value])]
     if isinstance(value, list) and "," in flag.metavar:
@@ -344,7 +344,7 @@ def wanted(flag: Flag) -> str:
 
 def _pair(flag: Flag, name: str, value: Any, origin: Origin, base: Path) -> str:
     """Return one entry of a table: NAME=PATH of samples, NAME:SIZES of shapes."""
-    if flag.name == "shots":
+    if flag.name in ("shots", "pool"):
         return f"{name}={_one(flag, value, origin, base)}"
     if isinstance(value, list) and all(isinstance(size, int) for size in value):
         value = "x".join(map(str, value))

@@ -70,7 +70,7 @@ def _of_structure(whole: Mapping[str, Any], higher: Mapping[str, Any], targets: 
 
 def _of_other_methods(whole: Mapping[str, Any]) -> Iterator[str]:
     """Yield the options that none of the methods has."""
-    from xdonnx.methods import METHODS
+    from xdonnx.methods import METHODS, POOLED
     from xdonnx_cli.methods import options
 
     names: Sequence[str] = whole["method"]
@@ -81,6 +81,8 @@ def _of_other_methods(whole: Mapping[str, Any]) -> Iterator[str]:
     found = {option for name in names for option, _ in options(METHODS[name].target)}
     known = {"preset_effort" if name == "effort" else name for name in found}
     yield from (name for name in _OF_METHODS if name not in known)
+    if not POOLED & set(names):
+        yield from ("pool", "pool_draw")
 
 
 def _of_other_connections(whole: Mapping[str, Any], higher: Mapping[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from xdonnx_cli.terminal import say, shorten, stderr
 STAGES = {
     "read": "read the model",
     "shots": "read the samples",
+    "pool": "score the pool",
     "parity": "compare with onnxruntime",
     "curves": "measure curves",
     "fit": "compress",

@@ -75,7 +75,8 @@ def before_after(console: Console, report: Report) -> None:
         count = report.fidelity.samples
         kind = f"{'held-out ' * report.fidelity.held_out}sample{'s' * (count != 1)}"
         fitted = "" if report.fidelity.held_out else ", which also fitted the student"
-        fit = f"fitted on {report.fit_samples}; " if report.fit_samples is not None else ""
+        pool = f" and a pool of {report.pool.used}" if report.pool else ""
+        fit = f"fitted on {report.fit_samples}{pool}; " if report.fit_samples is not None else ""
         preset = preset_of(report)
         seen = f"; preset {preset}" if preset else ""
         console.print(Text(f"{fit}judged on {count} {kind}{fitted}{seen}; {report.device}", "dim"))

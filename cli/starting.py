@@ -230,4 +230,4 @@ def _type(flag: Flag) -> dict[str, Any]:
 
 
 def _paired(flag: Flag) -> bool:
-    return flag.name in ("shots", "input_shape")
+    return flag.name in ("shots", "pool", "input_shape")

@@ -81,6 +81,8 @@ EXAMPLES: dict[str, tuple[Any, list[str]]] = {
     "steps": (4, ["4"]),
     "adversarial": (False, []),
     "preset_effort": ("fast", ["fast"]),
+    "pool": (["p", "q"], ["p", "q"]),
+    "pool_draw": ("uniform", ["uniform"]),
     "force": (True, []),
     "external_data": ("never", ["never"]),
 }  # fmt: skip

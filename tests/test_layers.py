@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "xdonnx"
 ROWS = [
-    {"errors", "events", "files", "figures"},
+    {"errors", "events", "files", "figures", "scorecache", "sheet"},
     {
         "model",
         "prepare",
@@ -28,8 +28,8 @@ ROWS = [
     {"rows", "tensors"},
     {"rules", "gate", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
     {"graph", "verification", "memory", "publication", "direct", "pool"},
-    {"patch", "budget", "convert", "doctor", "keywords", "samples"},
-    {"walk", "survey", "student", "planfile", "agreement", "judging"},
+    {"patch", "budget", "convert", "doctor", "keywords", "samples", "relatedness"},
+    {"walk", "survey", "student", "planfile", "agreement", "judging", "collection"},
     {"methods.joint", "methods.wide", "methods.attention", "wanted"},
     {"methods.layerwise", "methods.adversary"},
     {"methods.training", "allocation", "accounting"},
@@ -51,7 +51,8 @@ TORCH_FREE = {
     "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verification", "fidelity", "patch", "budget",
     "worst", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths", "planfile",
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
-    "tensors", "samples", "judging", "files", "figures", "wanted", "pool",
+    "tensors", "samples", "judging", "files", "figures", "wanted", "pool", "scorecache",
+    "sheet", "relatedness", "collection",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",

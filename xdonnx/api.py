@@ -100,7 +100,7 @@ def compress(
         if asked.holdout is None:
             asked = replace(asked, holdout=job.holdout)
         command = _call("compress", (model, shots, out), options)
-        report: Report = work.run(job, progress, command=command, read=asked.read if asked.held else None)
+        report: Report = work.run(job, progress, command=command, asked=asked if asked.held else None)
         if isinstance(out, onnx.ModelProto) and report.exit_code == 0:
             out.CopyFrom(onnx.load(student))
     report = _without_paths(report, scratch)

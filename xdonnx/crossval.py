@@ -72,6 +72,14 @@ class Fold:
         """Return the fold with what all connections need of the teacher's weights (g, o, d), computed once."""
         return replace(self, known=projected(self.moments, teacher))
 
+    def and_share(self, other: Fold | None, share: float) -> Fold:
+        """Return both together, the other one with this share of the weight that this one has."""
+        if other is None or not share:
+            return self
+        # Only the proportion of the counts matters.
+        count = round(share * self.moments.count) or 1
+        return self + replace(other, moments=replace(other.moments, count=count))
+
     def quadratic(self, candidate: Candidate, teacher: Tensor, *, bias: bool) -> Quadratic:
         """Return the error of the student's weights under a connection and a ridge."""
         connection, ridge = candidate
@@ -154,11 +162,14 @@ def choose(
     *,
     bias: bool,
     lean: float,
+    pool: Fold | None = None,
+    shares: Sequence[float] = (0.0,),
 ) -> int:
     """Return the index of the candidate whose refit has the least error on folds that it did not see.
 
     Parameters
     ----------
+    candidates : sequence of (Connection, float)
     teacher : (g, o, d)
         The teacher's weights, pulled towards and imitated.
     mask : BoolTensor (g, o, d)
@@ -169,6 +180,10 @@ def choose(
         Whether the last column is the bias.
     lean : float
         By what share a candidate has to be better than the first.
+    pool : Fold, optional
+        Of rows that are fitted besides and never judge.
+    shares : sequence of float
+        The weight of the pool for each candidate, or for all of them; see `Fold.and_share`.
 
     Returns
     -------
@@ -182,7 +197,8 @@ def choose(
         seen = total([fold for other, fold in enumerate(folds) if other != at])
         judge = restricted(unseen.quadratic((regression(), 0.0), teacher, bias=bias), columns)
         for index, candidate in enumerate(candidates):
-            q = seen.quadratic(candidate, teacher, bias=bias)
+            fitted = seen.and_share(pool, shares[min(index, len(shares) - 1)])
+            q = fitted.quadratic(candidate, teacher, bias=bias)
             found = refit(restricted(q, columns), mask[..., columns], teacher[..., columns])
             errors[index] += float(judge(found)) * unseen.moments.count
     best = int(errors.argmin())

@@ -39,11 +39,28 @@ class Seen(NamedTuple):
     beside: tuple[Chunks, Chunks] | None
     geometry: Geometry
 
+    def apart(self, count: int) -> tuple[Seen, Seen | None]:
+        """Return the first so many chunks, and the others where there are any."""
+        if len(self.teacher) <= count:
+            return self, None
+        parts = []
+        for place in (slice(count), slice(count, None)):
+            beside = None if self.beside is None else (self.beside[0][place], self.beside[1][place])
+            parts.append(Seen(self.teacher[place], self.student[place], beside, self.geometry))
+        return parts[0], parts[1]
+
     def lacking(self) -> list[Tensor] | None:
         """Return what the other branch lacks in the student, chunk by chunk; None where that is nothing."""
         if self.beside is None or all(a is b for a, b in zip(*self.beside, strict=True)):
             return None
         return [whole - found for whole, found in zip(*self.beside, strict=True)]
+
+
+def blended(own: Quadratic, other: Quadratic, share: float) -> Quadratic:
+    """Return the error on both, the second with this share of the weight of the first; as `Fold.and_share` does."""
+    ours, theirs = 1 / (1 + share), share / (1 + share)
+    parts = ((own.hess, other.hess), (own.lin, other.lin), (own.const, other.const))
+    return Quadratic(*(ours * a + theirs * b for a, b in parts))
 
 
 def dear(columns: int, positions: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -111,18 +111,23 @@ def draw(
 
 def unseen(held_out: Rows, fit: Rows) -> Rows:
     """Return the held-out shots that are not, to the byte, among those that fit."""
-
-    def digests(shots: Rows) -> list[bytes]:
-        found = [b""] * len(shots)
-        for values in shots.inputs.values():
-            # Batch by batch: the samples that judge may be read from files as they are asked for.
-            for start in range(0, len(shots), _BATCH):
-                for row, value in enumerate(values[start : start + _BATCH], start):
-                    found[row] += hashlib.sha256(value.tobytes()).digest()
-        return found
-
     known = set(digests(fit))
     return held_out.take([row for row, digest in enumerate(digests(held_out)) if digest not in known])
+
+
+def digests(shots: Numbered) -> Iterator[bytes]:
+    """Yield what tells the rows apart: equal where the bytes of all inputs are."""
+    # Batch by batch: the samples that judge may be read from files as they are asked for.
+    for start in range(0, len(shots), _BATCH):
+        yield from of_batch({name: values[start : start + _BATCH] for name, values in shots.inputs.items()})
+
+
+def of_batch(feed: Mapping[str, Array]) -> list[bytes]:
+    """Return the digests of some rows that are at hand."""
+    return [
+        hashlib.sha256(b"".join(hashlib.sha256(value.tobytes()).digest() for value in row)).digest()
+        for row in zip(*feed.values(), strict=True)
+    ]
 
 
 def _draw_per_class(rows: Labelled, per_class: int, generator: np.random.Generator) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from xdonnx.agreement import check_same, keep_sparse
 from xdonnx.allocation import Curve, allocate, measure_curves
 from xdonnx.augment import VIEWS, widened
 from xdonnx.budget import Plan, candidates, make_plan
+from xdonnx.collection import Teacher, collect
 from xdonnx.convert import Program, checked, convert
 from xdonnx.devices import usable_device
 from xdonnx.errors import ShotsError, VerifyError
@@ -26,14 +27,16 @@ from xdonnx.fidelity import compare, fixed_batch
 from xdonnx.gate import heavy_loss, of_a_job
 from xdonnx.graph import Net, read_net
 from xdonnx.methods.layerwise import Bench, Outcome
-from xdonnx.model import Port, fingerprint, interface, read_proto, sized, write_proto
+from xdonnx.model import fingerprint, interface, read_proto, sized, write_proto
 from xdonnx.patch import Patch, cut, masked
 from xdonnx.paths import check_student, rejected_path
 from xdonnx.planfile import plan_of
+from xdonnx.pool import Pool
 from xdonnx.preprocessing import check_samples
 from xdonnx.report import Fidelity, LayerResult, Report, tool
 from xdonnx.runtime import open_session
-from xdonnx.samples import apart, fraction
+from xdonnx.samples import Request, apart, fraction
+from xdonnx.sheet import PoolSheet
 from xdonnx.shots import Shots, Unread
 from xdonnx.verification import check_asked, check_interface, file_facts, verify
 from xdonnx.walk import affordable, chunked
@@ -41,8 +44,6 @@ from xdonnx.wanted import Job as Job
 
 # Of the intervals in the report, where no gate asks for another.
 CONFIDENCE = 0.95
-# Gives all samples, and the fraction of them that is held out or those that are, for the inputs of a graph.
-Reader = Callable[[Sequence[Port], Log], tuple[Shots | Unread, float | Shots]]
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Prepared:
     held_out: Shots
     plan: Plan
     device: str
+    pool: Shots | Unread | None = None
 
 
-def run(job: Job, log: Log = ignore, *, command: str = "", read: Reader | None = None) -> Report:
+def run(job: Job, log: Log = ignore, *, command: str = "", asked: Request | None = None) -> Report:
     """Compress a model and say what it cost.
 
     Parameters
@@ -66,7 +68,7 @@ def run(job: Job, log: Log = ignore, *, command: str = "", read: Reader | None =
         Told of progress and warnings.
     command : str
         What the user typed, for the report.
-    read : callable, optional
+    asked : Request, optional
         Gives the samples in place of the files that the job names.
 
     Returns
@@ -87,11 +89,12 @@ def run(job: Job, log: Log = ignore, *, command: str = "", read: Reader | None =
         log(event)
 
     methods = job.methods()
-    ready = prepared(job, note, read=read)
+    ready = prepared(job, note, asked=asked)
     net, fit = ready.net, ready.fit
+    pool, sheet = pooled(job, ready, note)
     program = opened(ready, note)
     plan = planned(job, ready, program, note)
-    bench = Bench(program, torch.Generator().manual_seed(job.seed), note)
+    bench = Bench(program, torch.Generator().manual_seed(job.seed), note, pool)
     outcome = Outcome(Patch())
     for method in methods:
         found = method(net, outcome.patch, fit, plan, bench)
@@ -105,7 +108,16 @@ def run(job: Job, log: Log = ignore, *, command: str = "", read: Reader | None =
         keep_sparse(student, first, note)
     _stamp(student, job, net)
     layers = layer_results(net, outcome, job.structure, residual=job.residual or job.plan is not None)
-    return _judge_and_write(job, ready, student, layers, tuple(warnings), started, command, log)
+    report = _judge_and_write(job, ready, student, layers, tuple(warnings), started, command, log)
+    return report.model_copy(update={"pool": sheet}) if sheet else report
+
+
+def pooled(job: Job, ready: Prepared, log: Log = ignore) -> tuple[Pool, PoolSheet] | tuple[None, None]:
+    """Return the pool of a job, scored, and what the report says of it; nothing where the job has none."""
+    if ready.pool is None:
+        return None, None
+    teacher = Teacher(job.model, ready.net.source, ready.device)
+    return collect(ready.pool, teacher, ready.fit, ready.held_out, how=job.pool_draw, log=log)
 
 
 def opened(ready: Prepared, log: Log = ignore) -> Program:
@@ -130,7 +142,7 @@ def planned(job: Job, ready: Prepared, program: Program, log: Log = ignore) -> P
     return allocate(ready.net, curves(job, ready, program, log), job.budget())
 
 
-def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader | None = None) -> Prepared:
+def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request | None = None) -> Prepared:
     """Read and check everything that a job names, so that mistakes show before any work.
 
     Parameters
@@ -139,7 +151,7 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader |
     log : callable
     writes : bool
         Whether OUT will be written, and so has to be free.
-    read : callable, optional
+    asked : Request, optional
         Gives the samples in place of the files that the job names.
 
     Raises
@@ -157,8 +169,8 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader |
     proto = read_proto(job.model)
     session = open_session(job.model)
     ports = sized(interface(proto).inputs, job.input_shape)
-    asked = job.asked()
-    whole, held = (read or asked.read)(ports, log)
+    asked = asked or job.asked()
+    whole, held = asked.read(ports, log)
     fit, held_out = apart(whole, held, asked, log=log)
     if isinstance(whole, Unread):
         check_samples(proto, session, ports, whole, job.preprocess, log)
@@ -169,6 +181,7 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader |
                 "  Pass --labels FILE, or folders named by class; --method cross --method tune needs no labels."
             )
     sizes = {**{name: array.shape for name, array in fit.inputs.items()}, **job.input_shape}
+    pool = asked.read_pool(sized(ports, {name: array.shape for name, array in fit.inputs.items()}), log)
     net = read_net(proto, sizes)
     plan = plan_of(job.plan, net, fingerprint(job.model)) if job.plan else make_plan(net, budget)
     batch = fixed_batch(ports, fit) or 1
@@ -180,7 +193,7 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader |
             )
     # All of them, not only those drawn: one label beyond the classes means that they are numbered otherwise.
     check_asked(session, fit, job.gate, [part.labels for part in (whole, held) if not isinstance(part, float)])
-    return Prepared(net, fit, held_out, plan, device)
+    return Prepared(net, fit, held_out, plan, device, pool)
 
 
 def _stamp(student: onnx.ModelProto, job: Job, net: Net) -> None:

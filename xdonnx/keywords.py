@@ -109,6 +109,10 @@ class CompressOptions(SharedOptions, total=False):
         Also remove channels that several layers add into.
     allocation : {'auto', 'measured', 'uniform'}
         Whether layers lose by their error curves.
+    pool : path, sequence of paths, array, dict, tuple, iterable or Shots
+        Unlabelled images, related to the task or not, as a second source besides the samples.
+    pool_draw : {'preferential', 'uniform'}
+        Whether images that look related to the teacher's task are drawn from it more often.
     method : str or sequence of str
         As `xdonnx methods` lists them; several are chained.
     connection, mu, alpha, beta, solver, ridge, views, steps, adversarial, preset_effort
@@ -131,6 +135,8 @@ class CompressOptions(SharedOptions, total=False):
     round_to: int | Literal["auto"]
     residual: bool
     allocation: str
+    pool: Samples
+    pool_draw: str
     method: str | Sequence[str]
     connection: str
     mu: float

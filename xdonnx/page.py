@@ -25,6 +25,7 @@ from xdonnx.report import (
     judged_by,
     preset_of,
 )
+from xdonnx.sheet import PoolSheet
 
 _TEMPLATES = Path(__file__).parent / "templates"
 # Rows of outputs; a detector with forty of them says enough with the worst.
@@ -57,6 +58,7 @@ def page(report: Report) -> str:
         layers=[_layer(layer) for layer in report.layers],
         plot=plot(report.layers) if report.layers else None,
         worst=[_shot(shot) for shot in report.fidelity.worst] if report.fidelity else [],
+        pool=_pool(report.pool) if report.pool else None,
         whole=list(whole.items()),
         whole_count=sum(map(len, whole.values())),
         interface=_interface(report),
@@ -233,7 +235,8 @@ def _samples(report: Report) -> str:
     if report.fidelity is None:
         return ""
     count, held = report.fidelity.samples, report.fidelity.held_out
-    fitted = "" if report.fit_samples is None else f"fitted on {report.fit_samples}, "
+    pool = f" and a pool of {report.pool.used}" if report.pool else ""
+    fitted = "" if report.fit_samples is None else f"fitted on {report.fit_samples}{pool}, "
     also = "" if held else ", which also fitted the student"
     return f"{fitted}judged on {count} {'held-out ' * held}sample{'s' * (count != 1)}{also}"
 
@@ -279,6 +282,33 @@ def _shot(shot: WorstShot) -> dict[str, Any]:
         "teacher": scored("teacher"),
         "student": scored("student"),
         "error": "no bound" if shot.relative_l2 is None else f"{shot.relative_l2:.4g}",
+    }
+
+
+def _pool(pool: PoolSheet) -> dict[str, Any]:
+    """Return both ends of the pool, and what was made of it in words."""
+    left = [
+        *([f"{pool.twins:,} left out as samples"] if pool.twins else []),
+        *([f"{len(pool.unreadable):,} unreadable"] if pool.unreadable else []),
+    ]
+    found = [f"{pool.used:,} images, {pool.draw} draw", *left]
+    ends = (("Most related", pool.most_related), ("Least related", pool.least_related))
+    note = "Nothing of this model says how related an image is."
+    if pool.quantiles:
+        spread = ", ".join(f"{q:.2f}" for q in pool.quantiles)
+        note = (
+            "Scores are the teacher's, without samples of its task: of mean 0 and deviation 1, lower is more related "
+            f"(the least, three quartiles and the most: {spread}). They sum {', '.join(pool.indicators)}. "
+            f"The draw varies as that of {pool.effective:,.0f} images drawn evenly."
+        )
+    return {
+        "facts": "; ".join(found),
+        "ends": [
+            (title, [{"sample": i.sample, "thumbnail": i.thumbnail, "score": f"{i.score:.2f}"} for i in images])
+            for title, images in ends
+            if images
+        ],
+        "note": note,
     }
 
 

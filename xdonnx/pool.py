@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xdonnx.errors import JobError, did_you_mean
+from xdonnx.errors import JobError, ShotsError, did_you_mean
 from xdonnx.shots import Shots
 
 Array = NDArray[Any]
@@ -25,6 +25,8 @@ Array = NDArray[Any]
 DRAWS = ("preferential", "uniform")
 # An image one standard deviation more related than another is drawn e^(1 / TAU) times as often: seven times.
 TAU = 0.5
+# Deviations beyond which scores count as equal, lest a few images be all that is drawn.
+FARTHEST = 2.0
 # What stands for the class of an image of the pool; cross entropy passes it over by default.
 UNLABELLED = -100
 
@@ -56,7 +58,7 @@ class Pool:
     def chances(self) -> Array:
         """Return the probability of each image, (n,)."""
         scores = np.zeros(len(self)) if self.scores is None or self.how == "uniform" else self.scores
-        weights = np.exp((scores.min() - scores) / TAU)
+        weights = np.exp(-np.clip(scores, -FARTHEST, FARTHEST) / TAU)
         found: Array = weights / weights.sum()
         return found
 
@@ -73,6 +75,11 @@ class Pool:
         while True:
             rows = generator.choice(len(self), size, p=chances)
             yield {name: np.asarray(values[rows]) for name, values in self.images.inputs.items()}
+
+
+def of_the_pool(error: ShotsError) -> ShotsError:
+    """Return an error of reading samples as one of reading the pool."""
+    return ShotsError(f"--pool: {str(error).replace('--shots', '--pool')}")
 
 
 def check_draw(how: str) -> None:

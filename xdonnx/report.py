@@ -12,13 +12,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_jsonable_python
 
 from xdonnx.errors import JobError
 from xdonnx.events import legible
+from xdonnx.sheet import STRICT, PoolSheet
 
-# 1.1 has the worst shots, and says which outputs were not compared.
+# 1.1 has the worst shots and the pool, and says which outputs were not compared.
 SCHEMA_VERSION = "1.1"
 
 # The unit of a gate and the decimals in which it is shown, where these suffice to see whether the limit was kept.
@@ -28,15 +29,6 @@ COUNTS = frozenset({"bytes", "weights"})
 AT_LEAST = frozenset({"min_shrink", "smaller", "removed"})
 
 _NO_BOUND = "no bound"
-
-# A report is written whole or not at all: a key that is not in the schema, or a number that JSON cannot hold,
-# is our mistake. Readers of the schema must live with keys to come, so it does not forbid them.
-STRICT = ConfigDict(
-    frozen=True,
-    extra="forbid",
-    allow_inf_nan=False,
-    json_schema_extra=lambda schema: schema.pop("additionalProperties", None),
-)
 
 
 class Tool(BaseModel):
@@ -252,6 +244,7 @@ class Report(BaseModel):
     interface: InterfaceCheck | None = None
     warnings: tuple[str, ...] = ()
     fit_samples: int | None = Field(None, description="samples that fitted the student; None for two given files")
+    pool: PoolSheet | None = None
 
 
 def plain(value: Any) -> Any:

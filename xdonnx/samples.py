@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from xdonnx.events import Event, Log, ignore
 from xdonnx.feeds import wants
 from xdonnx.images import Preprocess
 from xdonnx.memory import as_array, described, gather
+from xdonnx.pool import of_the_pool
 from xdonnx.shots import Array, Shots, Unread, list_shots, split
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Request:
         Random noise, so much of it, in place of samples.
     seed : int
         Of every draw.
+    pool : path, sequence of paths, or samples in memory, optional
+        Unlabelled images besides, related to the samples or not.
     """
 
     shots: Any = None
@@ -56,6 +59,7 @@ class Request:
     skip_bad: bool = False
     synthetic_shots: int | None = None
     seed: int = 0
+    pool: Any = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,11 +72,14 @@ class Request:
         """Whether any of it is in memory."""
         asked = self.labels, self.holdout
         plain = all(isinstance(value, (str, os.PathLike, int, float, np.number, type(None))) for value in asked)
-        return _paths(self.shots) is None or not plain
+        return _paths(self.shots) is None or _paths(self.pool) is None or not plain
 
     def told(self) -> dict[str, Any]:
         """Return what the report says of it."""
         values = {name: getattr(self, name) for name in ("per_class", "max_shots", "skip_bad", "synthetic_shots")}
+        pool = _paths(self.pool)
+        if pool != ():
+            values["pool"] = (described(self.pool),) if pool is None else pool
         return {"shots": list(self.names), "labels": _told(self.labels), "holdout": _told(self.holdout), **values}
 
     def read(self, ports: Sequence[Port], log: Log = ignore) -> tuple[Shots | Unread, float | Shots]:
@@ -101,8 +108,36 @@ class Request:
         others = self._found(self.holdout, ports, log)
         return whole, others.stream(np.arange(len(others))) if isinstance(others, Unread) else others
 
+    def read_pool(self, ports: Sequence[Port], log: Log = ignore) -> Shots | Unread | None:
+        """Return the images of the pool, of files before any is decoded; None where none are asked for.
+
+        Raises
+        ------
+        ShotsError
+            Images of no use.
+        """
+        if _paths(self.pool) == ():
+            return None
+
+        def relayed(event: Event) -> None:
+            # How many there are is told once they are scored.
+            if not event.text or event.level == "warning":
+                log(replace(event, stage="pool"))
+
+        try:
+            return self._found(self.pool, ports, relayed, labelled=False)
+        except ShotsError as error:
+            raise of_the_pool(error) from error
+
     def _found(
-        self, given: Any, ports: Sequence[Port], log: Log, *, labels: Any = None, most: int | None = None
+        self,
+        given: Any,
+        ports: Sequence[Port],
+        log: Log,
+        *,
+        labels: Any = None,
+        most: int | None = None,
+        labelled: bool = True,
     ) -> Shots | Unread:
         """Return samples from memory, or those of files before any is decoded."""
         paths = _paths(given)
@@ -120,7 +155,8 @@ class Request:
                 "no samples.\n  Pass --shots PATH: a folder of images, an .npz or an .npy; from Python an array, "
                 "(images, labels) or a loader too."
             )
-        return list_shots(paths, ports, self.preprocess, labels=known, skip_bad=self.skip_bad, log=log)
+        how: dict[str, Any] = {"labels": known, "labelled": labelled, "skip_bad": self.skip_bad, "log": log}
+        return list_shots(paths, ports, self.preprocess, **how)
 
 
 def apart(

@@ -248,12 +248,13 @@ def list_shots(
     preprocess: Preprocess,
     *,
     labels: Path | Array | None = None,
+    labelled: bool = True,
     skip_bad: bool = False,
     log: Log = ignore,
 ) -> Unread:
     """Find samples and their labels, as `read_shots` does, and decode none yet.
 
-    With `skip_bad` every file is decoded once, since only then it is known which there are to draw from.
+    With `skip_bad` every file is decoded once, to know what to draw from. If `labelled`, sub-folders are classes.
 
     Raises
     ------
@@ -262,7 +263,7 @@ def list_shots(
     JobError
         The preprocessing contradicts the graph.
     """
-    own = labels is None
+    own = labelled and labels is None
     parts = tuple(_find(path, mine, preprocess, log, own=own) for path, mine in assign(sources, ports))
     first = parts[0]
     for part in parts[1:]:
@@ -413,10 +414,9 @@ def _tested(array: Array, port: Port, preprocess: Preprocess, path: Path) -> Arr
 
 
 def _labels_of(parts: Sequence[Part], given: Path | Array | None) -> Array | None:
-    if isinstance(given, Path):
-        return read_labels(given, parts[0].ids)
     if given is not None:
-        return check_labels(given, len(parts[0].ids), "labels")
+        ids = parts[0].ids
+        return read_labels(given, ids) if isinstance(given, Path) else check_labels(given, len(ids), "labels")
     known = [(part.where, part.labels) for part in parts if part.labels is not None]
     for where, classes in known[1:]:
         if not np.array_equal(classes, known[0][1]):

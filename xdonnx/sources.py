@@ -265,12 +265,12 @@ def _list_folder(folder: Path, *, numbered: bool) -> Listing:
                 # What holds files and no image is no class, and must not take the place of one.
                 del inside[entry.name]
     filed = [image for images in inside.values() for image in images]
-    if loose and filed:
+    if loose and filed and numbered:
         raise ShotsError(
             f"'{folder}' holds {len(filed)} images in sub-folders and {len(loose)} beside them, such as "
             f"'{loose[0].name}'.\n  Sub-folders are classes: move every image into one, or all of them out."
         )
-    paths = loose or filed
+    paths = [*loose, *filed]
     if not paths:
         raise ShotsError(
             f"'{folder}' holds {len(ignored)} files and no image"

@@ -76,7 +76,13 @@ def chunked(net: Net, inputs: Mapping[str, np.ndarray], most: int = 64) -> list[
 
 
 @torch.no_grad()
-def walk(net: Net, program: Program, inputs: Mapping[str, np.ndarray], visit: Visit) -> tuple[dict[str, Chunks], ...]:
+def walk(
+    net: Net,
+    program: Program,
+    inputs: Mapping[str, np.ndarray],
+    visit: Visit,
+    others: Mapping[str, np.ndarray] | None = None,
+) -> tuple[dict[str, Chunks], ...]:
     """Execute every node once for teacher and student; values nobody reads any more are freed.
 
     Parameters
@@ -84,12 +90,14 @@ def walk(net: Net, program: Program, inputs: Mapping[str, np.ndarray], visit: Vi
     inputs : {graph input: (n, ...)}
     visit : callable
         Called at every layer in graph order; returns the student's weight and bias, or None to keep the teacher's.
+    others : {graph input: (m, ...)}, optional
+        Further rows, in chunks of their own behind the others.
 
     Returns
     -------
     teacher, student : {graph output: chunks}
     """
-    batches = chunked(net, inputs)
+    batches = chunked(net, inputs) + (chunked(net, others) if others else [])
     teacher: dict[str, Chunks] = {
         name: [torch.tensor(batch[name], device=program.device) for batch in batches] for name in program.inputs
     }

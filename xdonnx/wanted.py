@@ -16,6 +16,7 @@ from xdonnx.images import Preprocess
 from xdonnx.methods import make
 from xdonnx.mistakes import mistake
 from xdonnx.planfile import read_planfile
+from xdonnx.pool import check_draw
 from xdonnx.samples import Request
 
 DEFAULT_TARGET = ("macs", 0.5)
@@ -38,6 +39,8 @@ class Job(BaseModel):
     synthetic_shots: int | None = None
     preprocess: Preprocess = Preprocess()
     input_shape: Mapping[str, tuple[int, ...]] = {}
+    pool: tuple[str, ...] = ()
+    pool_draw: str = "preferential"
 
     keep: float | None = None
     macs: float | None = None
@@ -68,7 +71,7 @@ class Job(BaseModel):
     device: str = "auto"
     seed: int = 0
 
-    @field_validator("shots", "method", "include", "exclude", mode="before")
+    @field_validator("shots", "pool", "method", "include", "exclude", mode="before")
     @classmethod
     def _one_or_many(cls, given: Any) -> Any:
         return (str(given),) if isinstance(given, (str, Path)) else given
@@ -160,6 +163,15 @@ class Job(BaseModel):
             if value != defaults.get(name) and not any(hasattr(method, name) for method in made):
                 flag = "preset-effort" if name == "effort" else name
                 raise JobError(f"--{flag} is no option of --method {' or '.join(self.method)}.\n  Leave it out.")
+        check_draw(self.pool_draw)
+        if not self.pool and self.pool_draw != "preferential":
+            raise JobError(f"--pool-draw {self.pool_draw} says how images are drawn from --pool.\n  Pass --pool PATH.")
+        if self.pool and not any(getattr(method, "pools", False) for method in made):
+            raise JobError(
+                f"--pool is of no use to --method {' or '.join(self.method)}"
+                f"{' with --preset-effort paper' if self.preset_effort == 'paper' else ''}.\n"
+                "  Leave it out, or use --method cross --method tune."
+            )
         for method in made:
             method.check(self.structure)
         return made

@@ -100,7 +100,7 @@ def _case(
     ours = theirs = None
     if scores is not None:
         ours, theirs = ((int(output[at].argmax()), float(output[at].max())) for output in scores)
-    picture = next((_pixels(values[at]) for values in feed.values() if _is_image(values)), None)
+    picture = _picture(feed, at)
     return Case(lost, float(errors[at]), row, ours, theirs, picture)
 
 
@@ -134,6 +134,16 @@ def described(
             )
         )
     return tuple(found)
+
+
+def thumbnail(feed: Mapping[str, Array], row: int = 0) -> str | None:
+    """Return a sample as a small picture, the data URI of a PNG; None where no input holds images."""
+    picture = _picture(feed, row)
+    return None if picture is None else _data_uri(picture)
+
+
+def _picture(feed: Mapping[str, Array], row: int) -> Array | None:
+    return next((_pixels(values[row]) for values in feed.values() if _is_image(values)), None)
 
 
 def _is_image(values: Array) -> bool:

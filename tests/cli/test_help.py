@@ -17,6 +17,7 @@ LIMITS = "--max-drop --max-error --min-shrink --max-latency-ratio --confidence -
 FLAGS = {
     "compress": f"{DATA} {PIXELS} {LIMITS} --macs --params --keep --structure --include --exclude --round-to "
     "--plan --allocation --residual --method --connection --mu --alpha --beta --solver --ridge --adversarial "
+    "--pool --pool-draw "
     "--preset-effort --out -o --force --external-data --report-dir --json --device --seed --dry-run --quiet -q "
     "--verbose -v --no-progress --config -h --help",
     "plan": f"{DATA} {PIXELS} --macs --params --keep --structure --include --exclude --round-to --residual "

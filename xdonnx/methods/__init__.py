@@ -80,6 +80,10 @@ METHODS: Mapping[str, Entry] = {
 }
 
 
+# Those that draw from a pool of unlabelled images.
+POOLED = frozenset({"cross", "tune", "squeeze", "fitnet"})
+
+
 def available() -> dict[str, Entry]:
     """Return the table with what other packages add through the entry-point group `xdonnx.methods`."""
     found = dict(METHODS)

@@ -13,7 +13,10 @@ and ADMM or greedy removal with exact refits reach a lower error in a fraction o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from xdonnx.augment import VIEWS, widened
 from xdonnx.budget import Plan
@@ -27,6 +30,8 @@ from xdonnx.shots import Shots
 from xdonnx.solve import ADMM, PGD, SOLVERS, Greedy, Solver
 from xdonnx.walk import affordable
 
+# Images of a pool that layers are fitted on besides the samples and their views.
+POOLED = 128
 # What 'auto' may refit a layer with instead, where folds of the samples say so.
 ALTERNATIVES = ((soft(1.0, 0.5), 0.01), (regression(), 0.01), (soft(0.9, 0.5), 0.1))
 EFFORTS = ("fast", "balanced", "best", "paper")
@@ -71,6 +76,11 @@ class Cross:
     views: int | None = None
     effort: str = "balanced"
 
+    @property
+    def pools(self) -> bool:
+        """Whether it draws from a pool; the published procedure does not."""
+        return self.effort != "paper"
+
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
             near = did_you_mean(self.effort, EFFORTS)
@@ -97,13 +107,14 @@ class Cross:
         solver = self._solver(plan)
         rule = Rule(self._connection(net), ridge, solver, not paper, not paper, compensate=not paper, exact=paper)
         open_choice = self.connection == "auto" and self.alpha is None and self.beta is None and self.ridge is None
-        others = ALTERNATIVES if open_choice and self.effort in ("balanced", "best") else ()
+        choices = ALTERNATIVES if open_choice and self.effort in ("balanced", "best") else ()
         rows = self.views if self.views is not None else 0 if paper else VIEWS
         inputs = widened(shots.inputs, affordable(net, rows), bench.generator, FOLDS)
+        others = None if paper else _others(net, inputs, bench)
         if self.views and 2 * len(shots) <= self.views and len(next(iter(inputs.values()))) == len(shots):
             text = "no views were made: the samples are no images, or views of them would not fit into memory."
             bench.log(Event("fit", text, level="warning"))
-        return layerwise(net, patch, inputs, plan, replace(rule, others=others), bench, len(shots))
+        return layerwise(net, patch, inputs, plan, replace(rule, others=choices), bench, len(shots), others)
 
     def check(self, structure: str) -> None:
         """Raise JobError for combinations that make no sense."""
@@ -148,6 +159,19 @@ class Cross:
         if name == "admm":
             return ADMM(iterations={"fast": 100, "best": 600}.get(self.effort, 300))
         return PGD()
+
+
+def _others(net: Net, inputs: Mapping[str, np.ndarray], bench: Bench) -> dict[str, np.ndarray] | None:
+    """Return rows of the pool that a walk may be shown besides; None where there is no pool, or no room."""
+    if bench.pool is None:
+        return None
+    own = len(next(iter(inputs.values())))
+    count = (affordable(net, own + POOLED) - own) // net.batch * net.batch
+    if count < 1:
+        text = "layers are fitted without the pool: its images would not fit into memory beside the samples."
+        bench.log(Event("fit", text, level="warning"))
+        return None
+    return bench.pool.draw(count, int(bench.generator.initial_seed()) % 2**63)
 
 
 def _or(value: float | None, otherwise: float) -> float:

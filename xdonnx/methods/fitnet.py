@@ -52,6 +52,9 @@ class FitNet:
     effort: str = "balanced"
     steps: int | None = None
 
+    # Both its stages draw from a pool: they look at the teacher, not at labels.
+    pools = True
+
     def __post_init__(self) -> None:
         check_schedule(self.effort, self.steps)
 

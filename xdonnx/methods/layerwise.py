@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +19,8 @@ from xdonnx.budget import Plan, pattern_of
 from xdonnx.columns import from_matrix, to_matrix
 from xdonnx.connection import Connection, Quadratic, regression, restricted
 from xdonnx.convert import Program, stored
-from xdonnx.crossval import Candidate, choose, measure_folds, total
-from xdonnx.direct import Seen, dear, measure_directly, missed
+from xdonnx.crossval import Candidate, Fold, choose, measure_folds, total
+from xdonnx.direct import Seen, blended, dear, measure_directly, missed
 from xdonnx.events import Event, Log, ignore
 from xdonnx.graph import Net
 from xdonnx.layers import Layer
@@ -37,6 +37,8 @@ from xdonnx.walk import Stop, Weights, chunked, walk
 WIDEST_FOLDED, MOST_FOLDED = 2500, 1_000_000
 # Parts that the samples are cut into to choose a layer's connection and ridge, and the advantage that a change needs.
 FOLDS, LEAN = 3, 0.05
+# Weights of the rows of a pool, all together, against those of the samples: what is tried on folds, the default first.
+SHARES = (0.3, 0.0, 0.1, 1.0)
 # A ridge above which rounding to float32 is far below what the ridge itself changes.
 LEAST_RIDGE = 1e-3
 
@@ -135,7 +137,14 @@ class Rule:
 
 
 def layerwise(
-    net: Net, patch: Patch, inputs: Mapping[str, np.ndarray], plan: Plan, rule: Rule, bench: Bench, samples: int = 0
+    net: Net,
+    patch: Patch,
+    inputs: Mapping[str, np.ndarray],
+    plan: Plan,
+    rule: Rule,
+    bench: Bench,
+    samples: int = 0,
+    others: Mapping[str, np.ndarray] | None = None,
 ) -> Outcome:
     """Compress the net in one walk.
 
@@ -150,15 +159,19 @@ def layerwise(
     bench : Bench
     samples : int
         How many of the rows are samples, the others being views of them in the same order; 0: all.
+    others : {graph input: (m, ...)}, optional
+        Rows of a pool: fitted with a smaller weight, see `SHARES`. They never judge, nor say which channels of a
+        residual stream go; a layer that is too wide for moments does without them.
 
     Returns
     -------
     Outcome
     """
-    rows = sum(len(next(iter(batch.values()))) for batch in chunked(net, inputs))
+    batches = chunked(net, inputs)
+    rows = sum(len(next(iter(batch.values()))) for batch in batches)
     drop = set(patch.drop) | joint_choice(net, bench.program, inputs, plan, rule.ridge, bench.log)
-    visitor = _Visitor(net, plan, rule, bench, drop, dict(patch.tensors), rows, samples or rows)
-    walk(net, bench.program, inputs, visitor)
+    visitor = _Visitor(net, plan, rule, bench, drop, dict(patch.tensors), rows, samples or rows, len(batches))
+    walk(net, bench.program, inputs, visitor, others)
     return Outcome(Patch(visitor.tensors, frozenset(visitor.drop)), tuple(visitor.traces))
 
 
@@ -175,11 +188,12 @@ class _Visitor:
         tensors: dict[str, np.ndarray],
         rows: int,
         samples: int,
+        chunks: int,
     ) -> None:
         self.net, self.plan, self.rule, self.bench = net, plan, rule, bench
         self.drop, self.tensors = drop, tensors
         self.traces: list[Trace] = []
-        self.rows, self.samples = rows, samples
+        self.rows, self.samples, self.chunks = rows, samples, chunks
         self.decides: dict[str, list[int]] = {}
         for at in plan.channels:
             readers = net.groups[at].readers
@@ -224,7 +238,8 @@ class _Visitor:
     def _fit(self, stop: Stop) -> tuple[Weights, float, float]:
         layer, rule = stop.layer, self.rule
         if len(layer.columns) > WIDEST:
-            return self._fit_wide(stop)
+            own = slice(self.chunks)
+            return self._fit_wide(replace(stop, teacher=stop.teacher[own], student=stop.student[own]))
         with_bias = rule.bias and stop.bias is not None
         each = 0 if rule.exact else enough(len(layer.columns), self.rows)
         precision = torch.float32 if not rule.exact and rule.ridge >= LEAST_RIDGE else torch.float64
@@ -233,41 +248,57 @@ class _Visitor:
         columns = torch.tensor(layer.columns, device=teacher.device)
         if with_bias:
             columns = torch.cat([columns, columns.new_full((1,), -1)])
-        seen = Seen(stop.teacher, stop.student, stop.beside if rule.compensate else None, stop.geometry)
+        whole = Seen(stop.teacher, stop.student, stop.beside if rule.compensate else None, stop.geometry)
+        seen, pool = whole.apart(self.chunks)
         if not rule.exact and not stop.agree and dear(len(layer.columns), each * self.rows):
             quadratic = measure_directly(seen, (rule.connection, rule.ridge), teacher, **how)
+            if pool:
+                others = measure_directly(pool, (rule.connection, rule.ridge), teacher, **how)
+                quadratic = blended(quadratic, others, SHARES[0])
             matrix, mask = self._settle(layer, quadratic, teacher, columns)
             before, after = missed(seen, teacher, (teacher * mask, matrix), bias=with_bias)
         else:
-            matrix, before, after = self._fit_moments(seen, stop.agree, teacher, columns, layer, how)
+            matrix, before, after = self._fit_moments(seen, pool, stop.agree, teacher, columns, layer, how)
         weight, bias = from_matrix(matrix, stop.geometry, with_bias, tuple(stop.weight.shape))
         fitted = bias.to(stop.bias) if bias is not None and stop.bias is not None else stop.bias
         return (weight.to(stop.weight), fitted), max(before, 0.0), max(after, 0.0)
 
     def _fit_moments(
-        self, seen: Seen, agree: bool, teacher: Tensor, columns: Tensor, layer: Layer, how: dict[str, Any]
+        self,
+        seen: Seen,
+        pool: Seen | None,
+        agree: bool,
+        teacher: Tensor,
+        columns: Tensor,
+        layer: Layer,
+        how: dict[str, Any],
     ) -> tuple[Tensor, float, float]:
-        """Fit a layer whose moments are cheap enough: folds of them may choose another connection and ridge."""
+        """Fit a layer whose moments are cheap enough.
+
+        Folds of the samples may choose another weight of the pool, and then another connection and ridge.
+        """
         rule, with_bias = self.rule, how["bias"]
         folding = rule.others and not agree and len(layer.columns) <= WIDEST_FOLDED and teacher.numel() <= MOST_FOLDED
-        parts = measure_folds(
-            seen.teacher,
-            seen.student,
-            seen.beside,
-            seen.geometry,
-            rows=self.rows,
-            samples=self.samples,
-            folds=FOLDS if folding else 1,
-            **how,
-        )
-        folds = [part.with_teacher(teacher) for part in parts] if len(parts) > 1 else parts
+        parts = {"rows": self.rows, "samples": self.samples, "folds": FOLDS if folding else 1}
+        folds = _measured(seen, **parts, **how)
+        others = None if pool is None else _measured(pool, rows=0, samples=1, folds=1, **how)[0]
+        if len(folds) > 1:
+            folds = [fold.with_teacher(teacher) for fold in folds]
+            others = others and others.with_teacher(teacher)
         whole = total(folds)
         candidates = ((rule.connection, rule.ridge), *rule.others)
-        matrix, mask = self._settle(layer, whole.quadratic(candidates[0], teacher, bias=with_bias), teacher, columns)
+        first = whole.and_share(others, SHARES[0]).quadratic(candidates[0], teacher, bias=with_bias)
+        matrix, mask = self._settle(layer, first, teacher, columns)
         alive = self._alive(columns)
-        best = choose(folds, candidates, teacher, mask, alive, bias=with_bias, lean=LEAN)
-        if best:
-            quadratic = restricted(whole.quadratic(candidates[best], teacher, bias=with_bias), alive)
+        known: dict[str, Any] = {"bias": with_bias, "pool": others}
+        share = best = 0
+        if others is not None:
+            same = candidates[:1] * len(SHARES)
+            share = choose(folds, same, teacher, mask, alive, lean=0.0, shares=SHARES, **known)
+        best = choose(folds, candidates, teacher, mask, alive, lean=LEAN, shares=SHARES[share:][:1], **known)
+        if best or share:
+            fitted = whole.and_share(others, SHARES[share])
+            quadratic = restricted(fitted.quadratic(candidates[best], teacher, bias=with_bias), alive)
             matrix[..., alive] = refit(quadratic, mask[..., alive], teacher[..., alive])
         judge = whole.quadratic((regression(), 0.0), teacher, bias=with_bias)
         energy = max(float(((teacher @ whole.moments.tt) * teacher).sum()), 1e-30)
@@ -347,6 +378,10 @@ class _Visitor:
             fit = regressed(teacher, x_t, x_s, alive, self.rule.ridge)
         weight, _ = from_matrix(fit.weight, stop.geometry, False, tuple(stop.weight.shape))
         return (weight.to(stop.weight), stop.bias), fit.before, fit.after
+
+
+def _measured(seen: Seen, **how: Any) -> list[Fold]:
+    return measure_folds(seen.teacher, seen.student, seen.beside, seen.geometry, **how)
 
 
 def weight_structure(layer: Layer, plan: Plan, alive: Tensor, columns: Tensor, teacher: Tensor) -> Structure | None:

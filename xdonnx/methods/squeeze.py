@@ -61,8 +61,8 @@ class Lambdas:
         How hard the adversary pulls at answers and vectors, as a share of what the two errors pull.
     """
 
-    answers: float = 1.0
-    vectors: float = 0.3
+    answers: float = 0.1
+    vectors: float = 0.1
     adversary: float = 0.3
 
 
@@ -97,8 +97,9 @@ class Squeeze:
     adversarial: bool = True
     lambdas: Lambdas = Lambdas()
 
-    # It fits what another method removed.
+    # It fits what another method removed, and draws from a pool.
     follows = True
+    pools = True
 
     def __post_init__(self) -> None:
         check_schedule(self.effort, self.steps)

@@ -45,8 +45,9 @@ class Tune:
     effort: str = "balanced"
     steps: int | None = None
 
-    # It fits what another method removed.
+    # It fits what another method removed, and draws from a pool.
     follows = True
+    pools = True
 
     def __post_init__(self) -> None:
         check_schedule(self.effort, self.steps)

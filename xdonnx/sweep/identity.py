@@ -22,7 +22,9 @@ PATHS = tuple(
     for name, field in Job.model_fields.items()
     if name != "out" and (field.annotation is Path or Path in get_args(field.annotation))
 )
-READ = (*PATHS, "shots", "holdout")
+# Sources of samples: paths, before which the name of an input may stand.
+SOURCES = ("shots", "pool")
+READ = (*PATHS, *SOURCES, "holdout")
 
 
 def key(job: Job, version: str = "") -> str:
@@ -43,7 +45,7 @@ def key(job: Job, version: str = "") -> str:
     for field, paths in read_by(job).items():
         found = [content(path) for path in paths]
         read[field] = found[0] if len(found) == 1 else found
-    names = [name for name, _ in map(named, job.shots) if name]
+    names = [name for source in SOURCES for name, _ in map(named, getattr(job, source)) if name]
     # Only where there are any, for the same reason.
     every = [kept, read, version, *([names] if names else [])]
     return digest([json.dumps(every, sort_keys=True).encode()])
@@ -54,8 +56,9 @@ def read_by(job: Job) -> dict[str, tuple[Path, ...]]:
     found: dict[str, tuple[Path, ...]] = {
         name: (getattr(job, name),) for name in PATHS if getattr(job, name) is not None
     }
-    if job.shots:
-        found["shots"] = tuple(path for _, path in map(named, job.shots))
+    for source in SOURCES:
+        if given := getattr(job, source):
+            found[source] = tuple(path for _, path in map(named, given))
     if not is_number(job.holdout):
         found["holdout"] = (Path(job.holdout),)
     return found

@@ -21,7 +21,7 @@ from xdonnx.errors import MachineError, XdonnxError
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
 from xdonnx.report import Figures, Report
-from xdonnx.sweep.identity import PATHS, is_number, named
+from xdonnx.sweep.identity import PATHS, SOURCES, is_number, named
 from xdonnx.sweep.records import Record
 from xdonnx.wanted import Job
 
@@ -155,9 +155,9 @@ def relocated(job: Job, moved: Mapping[Path, Path]) -> Job:
     if not moved:
         return job
     changes: dict[str, Any] = {name: moved[here] for name in PATHS if (here := getattr(job, name)) in moved}
-    pairs = [named(source) for source in job.shots]
-    found = [(name, moved.get(path, path)) for name, path in pairs]
-    changes["shots"] = tuple(f"{name}={path}" if name else str(path) for name, path in found)
+    for source in SOURCES:
+        found = [(name, moved.get(path, path)) for name, path in map(named, getattr(job, source))]
+        changes[source] = tuple(f"{name}={path}" if name else str(path) for name, path in found)
     if not is_number(job.holdout):
         changes["holdout"] = str(moved.get(Path(job.holdout), job.holdout))
     return job.model_copy(update=changes)

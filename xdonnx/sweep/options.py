@@ -11,7 +11,7 @@ from xdonnx.errors import JobError, did_you_mean
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
 from xdonnx.methods import available
-from xdonnx.sweep.identity import PATHS, is_number, placed
+from xdonnx.sweep.identity import PATHS, SOURCES, is_number, placed
 from xdonnx.wanted import Job
 
 PIXELS = tuple(field.name for field in dataclasses.fields(Preprocess))
@@ -130,7 +130,7 @@ def told(value: Any) -> str:
 
 def _plain(name: str, value: Any, where: str, home: Path) -> Any:
     """Return a value as a job takes it."""
-    if name in PATHS or name == "shots" or (name == "holdout" and not _is_share(value)):
+    if name in (*PATHS, *SOURCES) or (name == "holdout" and not _is_share(value)):
         return _there(name, value, where, home)
     if name in _SHARES and isinstance(value, str) and value.strip().endswith("%"):
         value = _share(value, where, 1 if name == "max_drop" else 100)
@@ -157,16 +157,16 @@ def _share(text: str, where: str, whole: int) -> float:
 
 def _there(name: str, value: Any, where: str, home: Path) -> Any:
     """Return paths that stand in the file as they are from anywhere, all of them there."""
-    if name == "shots" and isinstance(value, dict):
+    if name in SOURCES and isinstance(value, dict):
         return tuple(f"{at}={_there('', path, where, home)}" for at, path in value.items())
-    if name == "shots" and isinstance(value, list):
-        return tuple(each for part in value for each in _there("shots", part, where, home))
+    if name in SOURCES and isinstance(value, list):
+        return tuple(each for part in value for each in _there(name, part, where, home))
     if not isinstance(value, str) or not value:
         raise JobError(f"{where}: {value!r} is no path.\n  Write text, relative to the folder of the file.")
     port, equals, path = value.partition("=")
-    if name == "shots" and equals and not placed(value, home).exists():
+    if name in SOURCES and equals and not placed(value, home).exists():
         return (f"{port}={_there('', path, where, home)}",)
     found = placed(value, home)
     if not found.exists():
         raise JobError(f"{where}: nothing at '{found}'.\n  Paths are relative to the folder of the file, '{home}'.")
-    return (str(found),) if name == "shots" else str(found) if name == "holdout" else found
+    return (str(found),) if name in SOURCES else str(found) if name == "holdout" else found
