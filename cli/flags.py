@@ -108,11 +108,12 @@ _ALLOCATION = (
     "auto, measured or uniform: whether layers lose by their error curves or all the same fraction. auto: measured "
     "with --macs and --params, unless the effort is fast or paper."
 )
-_STEPS = "Of --method tune, bp and fitnet. Default: by the effort and the size of the network."
+_STEPS = "Of --method tune, squeeze, bp and fitnet. Default: by the effort and the size of the network."
+_ADVERSARIAL = "Of --method squeeze: an adversary has a say, as by default. Without it: --no-adversarial."
 _VIEWS = "Bring few images to N rows by mirrored, shifted and mixed views; 0 makes none. Default: 128."
 _POOL = (
-    "Unlabelled images, related to the task or not, as --shots takes them: methods cross, tune and fitnet learn from "
-    "them too."
+    "Unlabelled images, related to the task or not, as --shots takes them: methods cross, tune, squeeze and "
+    "fitnet learn from them too."
 )
 _DRAW = "preferential or uniform: whether images related to the teacher's task are drawn from the pool more often."
 _DROP = "Points of accuracy lost, at most; of agreement with the teacher where nothing is labelled."
@@ -222,6 +223,7 @@ class Recipe:
     ridge: Annotated[float | None, method("--ridge", "X", "Pull toward the teacher's weights.")] = None
     views: Annotated[int | None, method("--views", "N", _VIEWS, min=0)] = None
     steps: Annotated[int | None, method("--steps", "N", _STEPS, min=1)] = None
+    adversarial: Annotated[bool, method("--adversarial", SWITCH, _ADVERSARIAL, show_default=False)] = True
     pool: Annotated[list[str] | None, method("--pool", "PATH", _POOL)] = None
     pool_draw: Annotated[str, method("--pool-draw", "HOW", _DRAW)] = "preferential"
     preset_effort: Annotated[str, method("--preset-effort", "NAME", "fast, balanced, best or paper.")] = "balanced"

@@ -89,7 +89,7 @@ class Flag:
     def example(self) -> str:
         """Return a value as a file has it: the default, else one that makes sense."""
         if self.kind == "switch":
-            return "false"
+            return "true" if self.default else "false"
         if self.default is not None:
             return f'"{self.default}"' if isinstance(self.default, (str, Path)) else str(self.default)
         kinds = {int: "8", float: "0.5"}

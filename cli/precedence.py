@@ -14,7 +14,9 @@ from xdonnx_cli.options import Flag
 # `--plan` brings these with it.
 _OF_PLAN = ("structure", "include", "exclude", "round_to", "residual", "allocation")
 # Options of methods, and the connection that some belong to.
-_OF_METHODS = ("connection", "mu", "alpha", "beta", "solver", "ridge", "views", "steps", "preset_effort")
+_OF_METHODS = (
+    "connection", "mu", "alpha", "beta", "solver", "ridge", "views", "steps", "adversarial", "preset_effort"
+)  # fmt: skip
 _OWNERS = {"mu": "cross", "alpha": "soft", "beta": "soft"}
 
 

@@ -79,6 +79,7 @@ EXAMPLES: dict[str, tuple[Any, list[str]]] = {
     "ridge": (0.01, ["0.01"]),
     "views": (5, ["5"]),
     "steps": (4, ["4"]),
+    "adversarial": (False, []),
     "preset_effort": ("fast", ["fast"]),
     "pool": (["p", "q"], ["p", "q"]),
     "pool_draw": ("uniform", ["uniform"]),
@@ -99,7 +100,8 @@ def flags(command: Any) -> set[str]:
 
 def typed(name: str) -> list[str]:
     """Return an option as it is typed: a switch alone, several values each behind the flag."""
-    flag, texts = f"--{name.replace('_', '-')}", EXAMPLES[name][1]
+    off = "no-" if EXAMPLES[name][0] is False else ""
+    flag, texts = f"--{off}{name.replace('_', '-')}", EXAMPLES[name][1]
     return [part for text in texts for part in (flag, text)] or [flag]
 
 

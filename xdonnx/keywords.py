@@ -115,7 +115,7 @@ class CompressOptions(SharedOptions, total=False):
         Whether images that look related to the teacher's task are drawn from it more often.
     method : str or sequence of str
         As `xdonnx methods` lists them; several are chained.
-    connection, mu, alpha, beta, solver, ridge, views, steps, preset_effort
+    connection, mu, alpha, beta, solver, ridge, views, steps, adversarial, preset_effort
         How it is done: the options of the methods.
     gate : Gate
         The limits all at once, in place of max_drop and its like.
@@ -150,6 +150,7 @@ class CompressOptions(SharedOptions, total=False):
     ridge: float
     views: int
     steps: int
+    adversarial: bool
     preset_effort: str
     gate: Gate
     force: bool

@@ -63,6 +63,7 @@ class Job(BaseModel):
     ridge: float | None = None
     views: int | None = None
     steps: int | None = None
+    adversarial: bool = True
     preset_effort: str = "balanced"
 
     gate: Gate = Gate()
@@ -153,7 +154,8 @@ class Job(BaseModel):
 
     def methods(self) -> list[Any]:
         """Return the methods with their options; raises JobError for combinations that make no sense."""
-        options = self.model_dump(include={"connection", "mu", "alpha", "beta", "solver", "ridge", "views", "steps"})
+        own = {"connection", "mu", "alpha", "beta", "solver", "ridge", "views", "steps", "adversarial"}
+        options = self.model_dump(include=own)
         options["effort"] = self.preset_effort
         names = self.method
         if self.preset_effort == "best" and names == ("cross",):
@@ -164,7 +166,7 @@ class Job(BaseModel):
                 f"--method {names[0]} removes nothing: it trains what another method left.\n"
                 f"  Put one before it: --method cross --method {names[0]}."
             )
-        defaults = {"connection": "auto", "solver": "auto", "effort": "balanced"}
+        defaults = {"connection": "auto", "solver": "auto", "effort": "balanced", "adversarial": True}
         for name, value in options.items():
             if value != defaults.get(name) and not any(hasattr(method, name) for method in made):
                 flag = "preset-effort" if name == "effort" else name

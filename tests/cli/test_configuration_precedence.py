@@ -18,6 +18,7 @@ from xdonnx_cli.configuration import from_file
 OPTIONS = {
     "connection": '"soft"', "mu": "0.3", "alpha": "0.8", "beta": "0.4", "solver": '"pgd"', "ridge": "0.02",
     "views": "7", "steps": "9", "preset-effort": '"fast"',
+    "adversarial": "false",
 }  # fmt: skip
 
 
@@ -83,13 +84,13 @@ def test_options_of_another_method_give_way_to_the_method_that_is_typed(jobs: li
     needed = {"mu": 'connection = "cross"\n'}.get(name, "")
     field = name.replace("-", "_")
     for method in METHODS:
-        chain = [method] if method != "tune" else ["cross", "tune"]
+        chain = ["cross", method] if method in ("tune", "squeeze") else [method]
         typed = itertools.chain(*(("--method", one) for one in chain))
 
         found = job_of(jobs, f"{needed}{name} = {value}", *SHOTS, *typed)
 
         made = {option for one in found.methods() for option in vars(one)}
-        kept = str(getattr(found, field)) == value.strip('"')
+        kept = str(getattr(found, field)).lower() == value.strip('"')
         assert kept is (("effort" if field == "preset_effort" else field) in made), method
 
 

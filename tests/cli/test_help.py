@@ -16,10 +16,10 @@ PIXELS = "--preset --mean --std --scale --color --layout --resize --crop --input
 LIMITS = "--max-drop --max-error --min-shrink --max-latency-ratio --confidence --warn-only"
 FLAGS = {
     "compress": f"{DATA} {PIXELS} {LIMITS} --macs --params --keep --structure --include --exclude --round-to "
-    "--plan --allocation --residual --method --connection --mu --alpha --beta --solver --ridge --preset-effort --pool "
-    "--pool-draw --out "
-    "-o --force --external-data --report-dir --json --device --seed --dry-run --quiet -q --verbose -v --no-progress "
-    "--config -h --help",
+    "--plan --allocation --residual --method --connection --mu --alpha --beta --solver --ridge --adversarial "
+    "--pool --pool-draw "
+    "--preset-effort --out -o --force --external-data --report-dir --json --device --seed --dry-run --quiet -q "
+    "--verbose -v --no-progress --config -h --help",
     "plan": f"{DATA} {PIXELS} --macs --params --keep --structure --include --exclude --round-to --residual "
     "--allocation --out -o --force --json --device --seed --quiet -q --verbose -v --no-progress",
     "inspect": "--json --input-shape --config",

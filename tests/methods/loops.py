@@ -106,11 +106,12 @@ def trained(
     seed: int = 0,
     log: Callable[[Event], None] = lambda event: None,
     taps: Taps | None = None,
+    judge: Callable[[Batch], Tensor] | None = None,
     **plan: Any,
 ) -> Patch:
     wanted = Schedule(**({"steps": 20, "batch": 8, "mix": False, "rates": (0.01,)} | plan))
     bench = Bench(convert(net, torch.device("cpu")), torch.Generator().manual_seed(seed), log)
-    return train(net, patch, shots or shots_of(net), loss, wanted, bench, taps).patch
+    return train(net, patch, shots or shots_of(net), loss, wanted, bench, taps, judge=judge).patch
 
 
 def gap(net: Net, patch: Patch, seed: int = 99) -> float:

@@ -35,6 +35,12 @@ METHODS: Mapping[str, Entry] = {
         "After another method (--method cross --method tune), or by --preset-effort best: all layers at once.",
         "samples, no labels",
     ),
+    "squeeze": Entry(
+        "xdonnx.methods.squeeze:Squeeze",
+        "Li, Shu, Xie, Qu, Kong: Hierarchical Knowledge Squeezed Adversarial Network Compression, AAAI 2020",
+        "After another method (--method cross --method squeeze): as tune, with squeezed features and an adversary.",
+        "samples, no labels",
+    ),
     "l1-norm": Entry(
         "xdonnx.methods.l1_norm:L1Norm",
         "Li, Kadav, Durdanovic, Samet, Graf: Pruning Filters for Efficient ConvNets, ICLR 2017",
@@ -75,7 +81,7 @@ METHODS: Mapping[str, Entry] = {
 
 
 # Those that draw from a pool of unlabelled images.
-POOLED = frozenset({"cross", "tune", "fitnet"})
+POOLED = frozenset({"cross", "tune", "squeeze", "fitnet"})
 
 
 def available() -> dict[str, Entry]:

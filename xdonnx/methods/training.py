@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.patch import Patch
 from xdonnx.pool import UNLABELLED
 from xdonnx.shots import Shots
-from xdonnx.student import Taps, execute, find_taps, open_student, teacher_weights
+from xdonnx.student import Student, Taps, execute, find_taps, open_student, teacher_weights
 
 # Multiply-accumulates of one training run, and the steps that it may have. 10^13 take about a minute on two cores.
 WORK = {"fast": 0.5e13, "balanced": 1.5e13, "best": 4e13, "paper": 8e13}
@@ -59,15 +59,38 @@ class Batch:
         At the taps; the teacher's without the channels that the student lost.
     labels : Tensor (n,) or None
         None where samples are unlabelled or mixed; `pool.UNLABELLED` for images of the pool, which come last.
+    whole : {value: Tensor}
+        The teacher's with all their channels.
     """
 
     teacher: Mapping[str, Tensor]
     student: Mapping[str, Tensor]
     labels: Tensor | None
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Loss = Callable[[Batch], Tensor]
 """A scalar, lower is better; zero gradient where the student cannot help it."""
+
+
+@runtime_checkable
+class Lesson(Protocol):
+    """A loss with parts of its own that learn beside the student.
+
+    Its gradients reach these parts too; it moves them itself.
+    """
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the loss."""
+        ...
+
+    def begin(self, student: Student, steps: int) -> None:
+        """Have all parts as new: a run of so many steps starts, a trial or the one that counts."""
+        ...
+
+    def after_step(self) -> None:
+        """Move the parts: the student moved."""
+        ...
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -121,7 +144,15 @@ def check_schedule(effort: str, steps: int | None) -> None:
 
 
 def train(
-    net: Net, patch: Patch, shots: Shots, loss: Loss, plan: Schedule, bench: Bench, taps: Taps | None = None
+    net: Net,
+    patch: Patch,
+    shots: Shots,
+    loss: Loss,
+    plan: Schedule,
+    bench: Bench,
+    taps: Taps | None = None,
+    *,
+    judge: Loss | None = None,
 ) -> Outcome:
     """Train the student of a patch and return the patch with its new weights.
 
@@ -133,30 +164,35 @@ def train(
         The samples that fit. A tenth of them judge instead; where that is fewer than `FEWEST_JUDGES`, all are trained
         on and other views of them judge, which shows harm but not overfitting.
     loss : callable
+        A `Lesson` has parts that learn too.
     plan : Schedule
     bench : Bench
         Where it has a pool, half of every batch is drawn from that, never what judges.
+    taps : Taps, optional
+    judge : callable, optional
+        Judges instead of `loss`, whose value a `Lesson` cannot compare between steps.
 
     Returns
     -------
     Outcome
-        Never worse than `patch` under `loss` on what judges; `patch` itself where nothing was better.
+        Never worse than `patch` under `judge` on what judges; `patch` itself where nothing was better.
     """
     taps = taps or find_taps(net, bench.program)
     if not taps.all:
         text = "no value of floating point can be compared: nothing was trained."
         bench.log(Event("tune", text, level="warning"))
         return Outcome(patch)
-    return _Run(net, patch, shots, loss, plan, bench, taps)()
+    return _Run(net, patch, shots, (loss, judge or loss), plan, bench, taps)()
 
 
 class _Run:
     """One run of the loop: data, student and the record of what was best."""
 
     def __init__(
-        self, net: Net, patch: Patch, shots: Shots, loss: Loss, plan: Schedule, bench: Bench, taps: Taps
+        self, net: Net, patch: Patch, shots: Shots, losses: tuple[Loss, Loss], plan: Schedule, bench: Bench, taps: Taps
     ) -> None:
-        self.net, self.start, self.loss, self.plan, self.taps = net, patch, loss, plan, taps
+        self.net, self.start, self.plan, self.taps = net, patch, plan, taps
+        self.loss, self.measure = losses
         self.program, self.generator, self.log, self.pool = bench.program, bench.generator, bench.log, bench.pool
         self.seed = int(bench.generator.initial_seed()) % 2**63
         device = bench.program.device
@@ -243,6 +279,9 @@ class _Run:
         groups = [{"params": [weights[name]], "lr": 0.0, "name": name} for name in self.names]
         optimizer = torch.optim.Adam(groups, lr=0.0)
         warm = max(1, min(50, steps // 5))
+        lesson = self.loss if isinstance(self.loss, Lesson) else None
+        if lesson is not None:
+            lesson.begin(self.student, steps)
         half = self.plan.batch // 2
         others = self.pool.batches(half, self.seed) if self.pool is not None and half else None
         for step in range(steps):
@@ -261,6 +300,8 @@ class _Run:
                 if (grad := weights[name].grad) is not None:
                     grad.mul_(mask)
             optimizer.step()
+            if lesson is not None:
+                lesson.after_step()
             share = min(AVERAGE, (step + 1) / (step + 10))
             for name in self.names:
                 average[name].lerp_(weights[name].detach(), 1 - share)
@@ -305,7 +346,8 @@ class _Run:
             made = execute(self.student.program, inputs, weights, wanted)
         teacher = {name: self.student.of_teacher(name, value).float() for name, value in zip(wanted, seen, strict=True)}
         student = {name: self.student.of_student(name, value).float() for name, value in zip(wanted, made, strict=True)}
-        return self.loss(Batch(teacher, student, labels))
+        whole = {name: value.float() for name, value in zip(wanted, seen, strict=True)}
+        return (self.measure if exact else self.loss)(Batch(teacher, student, labels, whole))
 
     def _precision(self, exact: bool) -> Any:
         """Return the context in which networks run: bfloat16 where the processor multiplies it, else as the file says.
