@@ -1,16 +1,17 @@
 """Weights as products of thinner ones: the best pair of factors, and Tucker's three.
 
-A weight is here (g, o, i, k...): groups, outputs and inputs of each, and the kernel, which a matrix lacks. Each group is
-taken apart by itself, at the same rank. A piece has the same form, its kernel 1 along the axes that it leaves to others, so
-that pieces in a row make one weight again: see `composed`.
+A weight is here (g, o, i, k...): groups, outputs and inputs of each, and the kernel, which a matrix lacks. Each group
+is taken apart by itself, at the same rank. A piece has the same form, its kernel 1 along the axes that it leaves to
+others, so that pieces in a row make one weight again: see `composed`.
 
 References
 ----------
 .. [1] Jaderberg, Vedaldi, Zisserman, "Speeding up Convolutional Neural Networks with Low Rank Expansions", BMVC 2014.
    arXiv:1405.3866
-.. [2] Tai, Xiao, Zhang, Wang, E, "Convolutional Neural Networks with Low-rank Regularization", ICLR 2016. arXiv:1511.06067
-.. [3] Kim, Park, Yoo, Choi, Yang, Shin, "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
-   Applications", ICLR 2016. arXiv:1511.06530
+.. [2] Tai, Xiao, Zhang, Wang, E, "Convolutional Neural Networks with Low-rank Regularization", ICLR 2016.
+   arXiv:1511.06067
+.. [3] Kim, Park, Yoo, Choi, Yang, Shin, "Compression of Deep Convolutional Neural Networks for Fast and Low Power
+   Mobile Applications", ICLR 2016. arXiv:1511.06530
 .. [4] De Lathauwer, De Moor, Vandewalle, "On the Best Rank-1 and Rank-(R1, R2, ..., RN) Approximation of Higher-Order
    Tensors", SIAM J. Matrix Anal. Appl. 21(4), 2000.
 """
@@ -50,8 +51,9 @@ def pair_kept(weight: NDArray[Any]) -> Array:
 def pair_pieces(weight: NDArray[Any], rank: int) -> tuple[Array, Array]:
     """Return the two pieces of a rank that differ least from a weight: a column of the kernel, then the rest of it.
 
-    The first spans axis 0 of the kernel and makes `rank` channels, the second spans the other axes [1]_, [2]_. For a matrix
-    and for a kernel of 1 this is the truncated singular value decomposition. Both pieces get the root of each singular value.
+    The first spans axis 0 of the kernel and makes `rank` channels, the second spans the other axes [1]_, [2]_. For a
+    matrix and for a kernel of 1 this is the truncated singular value decomposition. Both pieces get the root of each
+    singular value.
 
     Parameters
     ----------
@@ -65,8 +67,8 @@ def pair_pieces(weight: NDArray[Any], rank: int) -> tuple[Array, Array]:
     """
     groups, outputs, inputs, *kernel = weight.shape
     matrix = _as_matrix(weight)
-    # Projections on the leading eigenvectors of the smaller Gram matrix: a fraction of the time of a whole decomposition,
-    # and exact at full rank, whatever the digits lost to the square.
+    # Projections on the leading eigenvectors of the smaller Gram matrix: a fraction of the time of a whole
+    # decomposition, and exact at full rank, whatever the digits lost to the square.
     leading = _leading(_smaller_gram(matrix), rank)
     if matrix.shape[1] <= matrix.shape[2]:
         left, right = leading, np.matmul(_turned(leading), matrix)
@@ -86,8 +88,8 @@ def pair_pieces(weight: NDArray[Any], rank: int) -> tuple[Array, Array]:
 def channel_kept(weight: NDArray[Any]) -> Array:
     """Return the share of a weight's energy that a core of ranks (out, in) keeps, before any sweep; (o, i).
 
-    The higher-order singular value decomposition turns the channels so that the core holds all energy, most of it in front;
-    sweeps only add to what a corner of it keeps.
+    The higher-order singular value decomposition turns the channels so that the core holds all energy, most of it in
+    front; sweeps only add to what a corner of it keeps.
     """
     incoming, outgoing = (_leading(_gram(weight, axis), weight.shape[axis]) for axis in (2, 1))
     energy: Array = np.square(_onto(_onto(weight, incoming, 2), outgoing, 1))
@@ -98,7 +100,8 @@ def channel_kept(weight: NDArray[Any]) -> Array:
 def channel_pieces(weight: NDArray[Any], rank_in: int, rank_out: int, *, sweeps: int = SWEEPS) -> tuple[Array, ...]:
     """Return Tucker's pieces of a weight: fewer channels in, the kernel between few channels, all channels out [3]_.
 
-    The first guess is that of `channel_kept`; each sweep then gives one side the best it can have with the other held [4]_.
+    The first guess is that of `channel_kept`; each sweep then gives one side the best it can have with the other held
+    [4]_.
 
     Parameters
     ----------
@@ -138,7 +141,7 @@ def composed(pieces: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 def _as_matrix(weight: NDArray[Any]) -> Array:
     """Return (g, i k0, o k1...)."""
-    groups, outputs, inputs, *kernel = weight.shape
+    groups, _, inputs, *kernel = weight.shape
     order = (0, 2, *([3] if kernel else []), 1, *range(4, weight.ndim))
     rows = inputs * int(np.prod(kernel[:1]))
     return weight.astype(np.float64).transpose(order).reshape(groups, rows, -1)
@@ -146,13 +149,15 @@ def _as_matrix(weight: NDArray[Any]) -> Array:
 
 def _smaller_gram(matrix: Array) -> Array:
     wide = matrix.shape[1] <= matrix.shape[2]
-    return np.matmul(matrix, _turned(matrix)) if wide else np.matmul(_turned(matrix), matrix)
+    gram: Array = np.matmul(matrix, _turned(matrix)) if wide else np.matmul(_turned(matrix), matrix)
+    return gram
 
 
 def _gram(weight: NDArray[Any], axis: int) -> Array:
     """Return (g, n, n): the products of a weight's slices along an axis."""
     rows = np.moveaxis(weight.astype(np.float64), axis, 1).reshape(weight.shape[0], weight.shape[axis], -1)
-    return np.matmul(rows, _turned(rows))
+    gram: Array = np.matmul(rows, _turned(rows))
+    return gram
 
 
 def _leading(gram: Array, count: int) -> Array:
@@ -165,7 +170,8 @@ def _onto(weight: NDArray[Any], basis: Array, axis: int) -> Array:
     """Return a weight in the coordinates of a basis (g, n, r) of one axis."""
     turned = np.matmul(_turned(basis), np.moveaxis(weight, axis, 1).reshape(*basis.shape[:2], -1))
     shape = [size for at, size in enumerate(weight.shape) if at not in (0, axis)]
-    return np.moveaxis(turned.reshape(basis.shape[0], basis.shape[2], *shape), 1, axis)
+    moved: Array = np.moveaxis(turned.reshape(basis.shape[0], basis.shape[2], *shape), 1, axis)
+    return moved
 
 
 def _turned(matrices: Array) -> Array:
