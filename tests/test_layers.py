@@ -21,6 +21,7 @@ ROWS = [
         "augment",
         "mistakes",
         "devices",
+        "lowrank",
     },
     {"moments"},
     {"runtime", "report", "paths", "draw", "images", "labels", "cost", "connection", "operators", "removal"},
@@ -29,9 +30,9 @@ ROWS = [
     {"rules", "gate", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
     {"graph", "verification", "memory", "publication", "direct"},
     {"patch", "budget", "convert", "doctor", "keywords", "samples"},
-    {"walk", "survey", "student", "planfile", "agreement", "judging"},
-    {"methods.joint", "methods.wide", "wanted"},
-    {"methods.layerwise"},
+    {"walk", "survey", "student", "planfile", "agreement", "judging", "ranks"},
+    {"methods.joint", "methods.wide", "wanted", "splitting"},
+    {"methods.layerwise", "decomposition"},
     {"methods.training", "allocation", "accounting"},
     {"methods.cross", "methods.l1_norm", "methods.thinet", "methods.channel_pruning", "methods.fskd", "methods.tune"},
     {"methods.bp", "methods.fitnet"},
@@ -52,10 +53,11 @@ TORCH_FREE = {
     "worst", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths", "planfile",
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
     "tensors", "samples", "judging", "files", "figures", "wanted",
+    "ranks", "splitting", "decomposition",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",
-    "crossval", "direct",
+    "crossval", "direct", "lowrank",
 }  # fmt: skip
 
 

@@ -155,7 +155,9 @@ def choose(net: Net, wanted: LowRank, log: Log = ignore) -> Choice:
         log(Event("ranks", layer.name, done=at, total=len(free)))
         menus[layer.name] = menu = _menu(net, layer, wanted)
         if not menu.splits:
-            whole[layer.name] = _TOO_DEAR.get(wanted.kind, "no rank saves anything").format(wanted.amount)
+            whole[layer.name] = _TOO_DEAR.get(wanted.kind, "no rank saves anything").format(
+                wanted.amount if wanted.kind == "rank" else 100 * wanted.amount
+            )
     pickable = {name: menu for name, menu in menus.items() if menu.splits}
     if not pickable:
         reasons = "; ".join(list(dict.fromkeys(whole.values()))[:3])
@@ -183,8 +185,8 @@ def first_spans(kernel: Sequence[int]) -> tuple[bool, ...]:
 
 
 _TOO_DEAR = {
-    "energy": "no rank that saves keeps {0:.3g} of its energy",
-    "rank": "rank {0:.0f} saves nothing",
+    "energy": "no rank that saves keeps {0:.3g} % of its energy",
+    "rank": "rank {0:g} saves nothing",
 }
 
 
@@ -198,7 +200,7 @@ def _whole(net: Net, wanted: LowRank) -> dict[str, str]:
         if layer.op == "ConvTranspose":
             found[name] = "a transposed convolution"
         elif layer.depthwise:
-            found[name] = "depthwise: each filter reads one channel"
+            found[name] = "a depthwise convolution, whose filters read one channel each"
         elif layer.weight in shared:
             found[name] = f"another layer reads its weight '{layer.weight}' too"
         elif not np.isfinite(net.array(layer.weight)).all():
@@ -206,7 +208,7 @@ def _whole(net: Net, wanted: LowRank) -> dict[str, str]:
         elif name not in named:
             found[name] = "left out by --include or --exclude"
         elif name == first and not wanted.include:
-            found[name] = "the first convolution: name it with --include"
+            found[name] = "the first convolution, which --include would free"
     for node in net.model.graph:
         name = str(node.outputs[0].name)
         ours = node.op_type in ("Conv", "ConvTranspose", "Gemm") and node.domain in ("", "ai.onnx")
@@ -336,10 +338,12 @@ def _within(menus: Mapping[str, Menu], wanted: LowRank, total: int, limit: float
     cost = _cost_of(wanted)
     least = total - sum(menu.whole - cost(menu.splits[-1]) for menu in menus.values())
     if least > limit:
-        wider = "widen --include or --exclude, " if wanted.include or wanted.exclude else ""
+        ways = ["widen --include or --exclude"] if wanted.include or wanted.exclude else []
+        ways += ["pass --round-to 1"] if wanted.round_to != 1 else []
+        ways = ["ask for more than that", *ways]
         raise NothingToDo(
             f"--{wanted.kind} {100 * wanted.amount:g}% is out of reach: with every layer at the lowest rank that "
-            f"--round-to allows, {least / total:.1%} remain.\n  Ask for more than that, {wider}or pass --round-to 1."
+            f"--round-to allows, {least / total:.1%} remain.\n  {' or '.join(ways).capitalize()}."
         )
     steps = []
     for place, (name, menu) in enumerate(menus.items()):
