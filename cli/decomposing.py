@@ -97,7 +97,7 @@ def decompose(
             log=log,
         )
     written = None if files.dry_run else str(files.out)
-    put_json(talk.json, json.dumps({"model": str(model), "student": written, **found.to_dict()}, indent=2))
+    put_json(talk.json, json.dumps({"model": str(model), "out": written, **found.to_dict()}, indent=2))
     console = tables(talk)
     _show_head(console, found, dry=files.dry_run)
     if not talk.quiet:

@@ -200,7 +200,7 @@ def decompose(
     """
     given = _known(options, DecomposeOptions)
     sizes = given.pop("input_shape", None)
-    how = {name: given.pop(name) for name in ("force", "external_data") if name in given}
+    how: dict[str, Any] = {name: given.pop(name) for name in ("force", "external_data") if name in given}
     _check_empty(out, how)
     if given.get("round_to") == "auto":
         del given["round_to"]
