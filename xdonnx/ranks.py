@@ -20,6 +20,8 @@ from xdonnx.lowrank import channel_kept, pair_kept
 SCHEMES = ("auto", "spatial", "channel")
 KINDS = ("macs", "params", "energy", "rank")
 DEFAULT_TARGET = ("macs", 0.5)
+# Into so many parts is what may be spent divided; the last one for each layer may stay unspent.
+_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -331,9 +333,8 @@ def _limit(net: Net, wanted: LowRank) -> tuple[int, float]:
 def _within(menus: Mapping[str, Menu], wanted: LowRank, total: int, limit: float) -> dict[str, Split]:
     """Return the splits of the least loss that bring the total below the limit.
 
-    Along the lower convex hull of each layer's losses over its costs, steps of all layers are taken in the order of
-    loss for each unit saved, which is the best choice for every total that it passes (Everett, 1963). What the last
-    step saves too much is then given back, largest gain first.
+    One way for each layer, and one sum to keep: the multiple-choice knapsack, by dynamic programming over steps of what
+    may be spent beyond the cheapest choice. Costs are rounded up to whole steps, so that the limit holds.
     """
     cost = _cost_of(wanted)
     least = total - sum(menu.whole - cost(menu.splits[-1]) for menu in menus.values())
@@ -345,56 +346,24 @@ def _within(menus: Mapping[str, Menu], wanted: LowRank, total: int, limit: float
             f"--{wanted.kind} {100 * wanted.amount:g}% is out of reach: with every layer at the lowest rank that "
             f"--round-to allows, {least / total:.1%} remain.\n  {' or '.join(ways).capitalize()}."
         )
-    steps = []
-    for place, (name, menu) in enumerate(menus.items()):
-        corners = _hull(menu, cost)
-        before: tuple[int, float] = (menu.whole, 0.0)
-        for at, split in enumerate(corners):
-            rate = (split.loss - before[1]) / (before[0] - cost(split))
-            steps.append((rate, place, at, name, split))
-            before = (cost(split), split.loss)
-    chosen: dict[str, Split] = {}
-    for _, _, _, name, split in sorted(steps, key=lambda step: step[:3]):
-        if total <= limit:
-            break
-        total -= (cost(chosen[name]) if name in chosen else menus[name].whole) - cost(split)
-        chosen[name] = split
-    return _given_back(menus, chosen, cost, limit - total)
-
-
-def _hull(menu: Menu, cost: Callable[[Split], int]) -> list[Split]:
-    """Return the splits on the lower convex hull of loss over cost, from the whole layer down."""
-    corners: list[Split] = []
-
-    def slope(a: Split | None, b: Split) -> float:
-        x, y = (menu.whole, 0.0) if a is None else (cost(a), a.loss)
-        return (b.loss - y) / (x - cost(b))
-
-    for split in menu.splits:
-        while corners and slope(corners[-1], split) <= slope(corners[-2] if len(corners) > 1 else None, corners[-1]):
-            corners.pop()
-        corners.append(split)
-    return corners
-
-
-def _given_back(
-    menus: Mapping[str, Menu], chosen: dict[str, Split], cost: Callable[[Split], int], spare: float
-) -> dict[str, Split]:
-    """Return the choice with layers that lose most made dearer again, as long as there is something to spare."""
-    left = dict(chosen)
-    while True:
-        best: tuple[float, str, Split | None] = (0.0, "", None)
-        for name, split in left.items():
-            options: list[tuple[int, float, Split | None]] = [(menus[name].whole, 0.0, None)]
-            options += [(cost(other), other.loss, other) for other in menus[name].splits]
-            for price, loss, other in options:
-                if price - cost(split) <= spare and split.loss - loss > best[0] and price > cost(split):
-                    best = (split.loss - loss, name, other)
-        gain, name, other = best
-        if not gain:
-            return {name: left[name] for name in menus if name in left}
-        spare -= (menus[name].whole if other is None else cost(other)) - cost(left[name])
-        if other is None:
-            del left[name]
-        else:
-            left[name] = other
+    step = max((limit - least) / _STEPS, 1e-9)
+    best, picks = np.zeros(_STEPS + 1), []
+    for menu in menus.values():
+        cheapest = cost(menu.splits[-1])
+        spent = [math.ceil((price - cheapest) / step) for price in (menu.whole, *map(cost, menu.splits))]
+        losses = [0.0, *(split.loss for split in menu.splits)]
+        found, pick = np.full(_STEPS + 1, np.inf), np.zeros(_STEPS + 1, np.int64)
+        for at, (steps, loss) in enumerate(zip(spent, losses, strict=True)):
+            if steps <= _STEPS:
+                better = best[: _STEPS + 1 - steps] + loss < found[steps:]
+                found[steps:][better] = best[: _STEPS + 1 - steps][better] + loss
+                pick[steps:][better] = at
+        best = found
+        picks.append((pick, spent))
+    left, chosen = _STEPS, {}
+    for (name, menu), (pick, spent) in reversed(list(zip(menus.items(), picks, strict=True))):
+        at = int(pick[left])
+        left -= spent[at]
+        if at:
+            chosen[name] = menu.splits[at - 1]
+    return {name: chosen[name] for name in menus if name in chosen}
