@@ -187,7 +187,7 @@ def first_spans(kernel: Sequence[int]) -> tuple[bool, ...]:
 
 
 _TOO_DEAR = {
-    "energy": "no rank that saves keeps {0:.3g} % of its energy",
+    "energy": "no rank that saves keeps {0:g} % of its energy",
     "rank": "rank {0:g} saves nothing",
 }
 
