@@ -17,6 +17,7 @@ from typer import Option
 from xdonnx_cli.benching import bench
 from xdonnx_cli.compress import compress
 from xdonnx_cli.configuration import CONFIGURED, Settings, explained
+from xdonnx_cli.decomposing import decompose
 from xdonnx_cli.doctor import doctor
 from xdonnx_cli.ending import INTERRUPTED, ended
 from xdonnx_cli.flags import SWITCH
@@ -51,6 +52,11 @@ COMMANDS: tuple[tuple[Callable[..., int], str], ...] = (
         plan,
         "xdonnx plan model.onnx --shots photos/ --macs 40% -o plan.toml\n\n"
         "xdonnx compress model.onnx --shots photos/ --plan plan.toml -o student.onnx",
+    ),
+    (
+        decompose,
+        "xdonnx decompose model.onnx --macs 60% -o student.onnx\n\n"
+        "xdonnx decompose model.onnx --scheme spatial --energy 95% -o student.onnx --dry-run",
     ),
     (inspect, "xdonnx inspect model.onnx\n\nxdonnx inspect model.onnx --input-shape image:1x3x640x640 --json"),
     (verify, "xdonnx verify model.onnx student.onnx --shots fresh/ --max-drop 1 --confidence 95%"),

@@ -19,6 +19,8 @@ STAGES = {
     "parity": "compare with onnxruntime",
     "curves": "measure curves",
     "fit": "compress",
+    "ranks": "look at ranks",
+    "split": "take apart",
     "cut": "cut",
     "verify": "verify",
     "latency": "measure latency",
@@ -45,8 +47,9 @@ def told(talk: Talk) -> Iterator[Log]:
 
 
 def _line(event: Event) -> str:
-    # 'fit' tells of a layer before its work, 'curves' after it.
-    at = {"fit": min(event.done + 1, event.total), "curves": event.done}.get(event.stage)
+    # 'curves' tells of a layer after its work, the others before it.
+    before = min(event.done + 1, event.total)
+    at = {"fit": before, "ranks": before, "split": before, "curves": event.done}.get(event.stage)
     count = f" {at}/{event.total}" if event.total and at is not None else ""
     return f"{'warning' if event.level == 'warning' else event.stage}{count}: {event.text}"
 
@@ -66,7 +69,7 @@ def _drawing(bars: Progress) -> Log:
         task = tasks[event.stage]
         if event.total:
             bars.update(task, total=event.total, completed=event.done, count=f"{event.done}/{event.total}")
-        if event.stage in ("curves", "fit") and event.text:
+        if event.stage in ("curves", "fit", "ranks", "split") and event.text:
             width = max(12, bars.console.width - 40)
             bars.update(task, description=f"{stage} {Text(shorten(event.text, min(width, 30))).plain}")
 

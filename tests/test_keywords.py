@@ -18,9 +18,10 @@ from PIL import Image
 import xdonnx
 import xdonnx.job
 import xdonnx.judging
-from xdonnx.keywords import CompressOptions, SharedOptions, VerifyOptions
+from xdonnx.keywords import CompressOptions, DecomposeOptions, SharedOptions, VerifyOptions
 from xdonnx_cli.app import run
 from xdonnx_cli.compress import compress as compress_command
+from xdonnx_cli.decomposing import decompose as decompose_command
 from xdonnx_cli.grouping import grouped
 from xdonnx_cli.judging import verify as verify_command
 from xdonnx_cli.options import flags_of
@@ -63,6 +64,9 @@ EXAMPLES: dict[str, tuple[Any, list[str]]] = {
     "macs": (0.4, ["40%"]),
     "params": (0.4, ["0.4"]),
     "keep": (0.25, ["0.25"]),
+    "energy": (0.8, ["80%"]),
+    "rank": (3, ["3"]),
+    "scheme": ("channel", ["channel"]),
     "plan": ("plan.toml", ["plan.toml"]),
     "structure": ("2:4", ["2:4"]),
     "include": (["a*", "b"], ["a*", "b"]),
@@ -105,7 +109,10 @@ def typed(name: str) -> list[str]:
     return [part for text in texts for part in (flag, text)] or [flag]
 
 
-@pytest.mark.parametrize(("command", "kind"), [(compress_command, CompressOptions), (verify_command, VerifyOptions)])
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [(compress_command, CompressOptions), (verify_command, VerifyOptions), (decompose_command, DecomposeOptions)],
+)
 def test_every_flag_has_a_keyword_of_its_name_and_no_keyword_is_without_a_flag(command: Any, kind: type) -> None:
     keywords = set(kind.__annotations__) - WHOLE
 
@@ -117,7 +124,7 @@ def test_every_field_of_a_job_can_be_given() -> None:
     assert set(xdonnx.Job.model_fields) <= set(CompressOptions.__annotations__) | POSITIONAL
 
 
-@pytest.mark.parametrize("kind", [CompressOptions, VerifyOptions])
+@pytest.mark.parametrize("kind", [CompressOptions, VerifyOptions, DecomposeOptions])
 def test_every_keyword_is_described(kind: type) -> None:
     text = (inspect.getdoc(SharedOptions) or "") + "\n" + (inspect.getdoc(kind) or "")
 
@@ -158,6 +165,30 @@ def test_an_option_makes_the_job_that_its_flag_makes_and_so_does_none(name: str 
     with contextlib.suppress(Stop):
         xdonnx.compress(TEACHER, "s", "s.onnx")
     assert (called_job == jobs[2]) is (name is None), "an example that changes nothing shows nothing"
+
+
+@pytest.mark.parametrize("name", [None, *sorted(DecomposeOptions.__annotations__)])
+def test_an_option_decomposes_as_its_flag_does_and_so_does_none(
+    name: str | None, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def caught(model: Path, out: Path, wish: Any, *, sizes: Any, log: Any, **how: Any) -> None:
+        defaults = {"force": False, "external_data": "auto", "writes": True}
+        found.append((model, out, wish, dict(sizes or {}), defaults | how))
+        raise Stop
+
+    for module in ("xdonnx.api", "xdonnx.decomposition"):
+        monkeypatch.setattr(f"{module}.decomposed", caught)
+
+    run(["decompose", TEACHER, "-o", "s.onnx", *(typed(name) if name else [])])
+    for given in ({} if name is None else {name: EXAMPLES[name][0]}, {}):
+        with contextlib.suppress(Stop):
+            xdonnx.decompose(TEACHER, "s.onnx", **given)
+
+    typed_one, called_one, called_none = found
+    assert called_one == typed_one
+    assert (called_one == called_none) is (name is None), "an example that changes nothing shows nothing"
 
 
 def test_gate_and_preprocess_stand_for_their_fields(jobs: list[Any]) -> None:

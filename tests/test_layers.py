@@ -24,6 +24,7 @@ ROWS = [
         "shelf",
         "machine",
         "journal",
+        "lowrank",
     },
     {"moments"},
     {"runtime", "report", "paths", "draw", "images", "labels", "cost", "connection", "operators", "removal"},
@@ -32,9 +33,9 @@ ROWS = [
     {"rules", "gate", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
     {"graph", "verification", "memory", "publication", "direct", "pool"},
     {"patch", "budget", "convert", "doctor", "keywords", "samples", "relatedness"},
-    {"walk", "survey", "student", "planfile", "agreement", "judging", "collection"},
-    {"methods.joint", "methods.wide", "methods.attention", "wanted"},
-    {"methods.layerwise", "methods.adversary", "room"},
+    {"walk", "survey", "student", "planfile", "agreement", "judging", "collection", "ranks"},
+    {"methods.joint", "methods.wide", "methods.attention", "wanted", "splitting"},
+    {"methods.layerwise", "methods.adversary", "room", "decomposition"},
     {"methods.training", "allocation", "accounting"},
     {"methods.cross", "methods.l1_norm", "methods.thinet", "methods.channel_pruning", "methods.fskd", "methods.tune"},
     {"methods.bp", "methods.fitnet", "methods.squeeze"},
@@ -56,11 +57,11 @@ TORCH_FREE = {
     "worst", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths", "planfile",
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
     "tensors", "samples", "judging", "files", "figures", "wanted", "machine", "journal", "pool", "scorecache",
-    "sheet", "relatedness", "collection",
+    "sheet", "relatedness", "collection", "ranks", "splitting", "decomposition",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",
-    "crossval", "direct", "shelf",
+    "crossval", "direct", "shelf", "lowrank",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def test_all_is_sorted_and_every_name_is_documented() -> None:
         assert inspect.getdoc(getattr(xdonnx, name)), name
 
 
-@pytest.mark.parametrize("function", [xdonnx.compress, xdonnx.verify])
+@pytest.mark.parametrize("function", [xdonnx.compress, xdonnx.verify, xdonnx.decompose])
 def test_what_the_commands_do_is_documented_in_full_with_an_example(function: Callable[..., Any]) -> None:
     text = inspect.getdoc(function) or ""
 
@@ -32,7 +32,7 @@ def test_what_the_commands_do_is_documented_in_full_with_an_example(function: Ca
     listed = text.partition("Parameters")[2].partition("Returns")[0]
     names = {part.strip(" *") for line in listed.splitlines() for part in line.partition(" : ")[0].split(",")}
     assert set(inspect.signature(function).parameters) <= names
-    assert f">>> report = xdonnx.{function.__name__}(" in text
+    assert f" = xdonnx.{function.__name__}(" in text.partition(">>> ")[2]
 
 
 def test_the_types_are_for_others_too() -> None:
@@ -64,7 +64,7 @@ def test_waiting_threads_do_not_spin_unless_the_user_says_so() -> None:
 def test_importing_the_package_and_the_onnx_half_costs_no_torch() -> None:
     code = (
         "import sys, xdonnx; assert 'onnx' not in sys.modules\n"
-        "from xdonnx import verify, compress, read_net, make_plan, cut, read_shots, read_report\n"
+        "from xdonnx import verify, compress, decompose, read_net, make_plan, cut, read_shots, read_report\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from xdonnx.api import compress, verify
+    from xdonnx.api import compress, decompose, verify
     from xdonnx.budget import Budget, make_plan
+    from xdonnx.decomposition import Decomposition
     from xdonnx.errors import (
         JobError,
         MachineError,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from xdonnx.graph import Net, read_net
     from xdonnx.images import Preprocess
     from xdonnx.job import run
-    from xdonnx.keywords import CompressOptions, SharedOptions, VerifyOptions
+    from xdonnx.keywords import CompressOptions, DecomposeOptions, SharedOptions, VerifyOptions
     from xdonnx.model import read_proto
     from xdonnx.patch import Patch, cut
     from xdonnx.publication import write_report
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 _HOME = {
     "Budget": "budget",
     "CompressOptions": "keywords",
+    "DecomposeOptions": "keywords",
+    "Decomposition": "decomposition",
     "Gate": "gate",
     "Job": "wanted",
     "JobError": "errors",
@@ -61,6 +64,7 @@ _HOME = {
     "XdonnxError": "errors",
     "compress": "api",
     "cut": "patch",
+    "decompose": "api",
     "make_plan": "budget",
     "read_net": "graph",
     "read_proto": "model",
@@ -76,6 +80,8 @@ _HOME = {
 __all__ = [
     "Budget",
     "CompressOptions",
+    "DecomposeOptions",
+    "Decomposition",
     "Gate",
     "Job",
     "JobError",
@@ -94,6 +100,7 @@ __all__ = [
     "XdonnxError",
     "compress",
     "cut",
+    "decompose",
     "make_plan",
     "read_net",
     "read_proto",

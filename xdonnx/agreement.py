@@ -16,7 +16,13 @@ from xdonnx.runtime import answer, open_session
 SAME = 1e-3
 
 
-def check_same(silenced: onnx.ModelProto, student: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> None:
+def check_same(
+    silenced: onnx.ModelProto,
+    student: onnx.ModelProto,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    what: str = "the cut student differs from the masked one",
+) -> None:
     """Raise VerifyError unless masked and cut student answer alike: else removal touched what it must not."""
     expected, found = (answer(open_session(model), inputs) for model in (silenced, student))
     for name, array in expected.items():
@@ -27,7 +33,7 @@ def check_same(silenced: onnx.ModelProto, student: onnx.ModelProto, inputs: Mapp
         gap = float(np.abs(array - found[name]).max(initial=0.0)) / scale
         if not gap <= (10 * SAME if array.dtype == np.float16 else SAME):
             raise VerifyError(
-                f"output '{name}' of the cut student differs from the masked one by {gap:.1e} of its largest value.\n"
+                f"output '{name}' of {what} by {gap:.1e} of its largest value.\n"
                 "  This is a defect of xdonnx: please report it with the model's operators (xdonnx inspect)."
             )
 

@@ -1,4 +1,4 @@
-"""What the commands do, from Python: `compress` and `verify`, with samples from files or from memory.
+"""What the commands do, from Python: `compress`, `verify` and `decompose`, with samples from files or from memory.
 
 Every option is a flag of the command of the same name, with its meaning and its default.
 """
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Unpack, get_type_hints
 import numpy as np
 import onnx
 
+from xdonnx.decomposition import Decomposition, decomposed, wanted
 from xdonnx.errors import JobError, MachineError, did_you_mean
 from xdonnx.events import Log, ignore
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
 from xdonnx.judging import judged
-from xdonnx.keywords import CompressOptions, Model, Samples, VerifyOptions
+from xdonnx.keywords import CompressOptions, DecomposeOptions, Model, Samples, VerifyOptions
 from xdonnx.model import write_proto
 from xdonnx.paths import report_folder
 from xdonnx.publication import write_report
@@ -93,8 +94,7 @@ def compress(
     with tempfile.TemporaryDirectory(prefix="xdonnx.") as scratch:
         kept = isinstance(out, (str, os.PathLike))
         student = Path(out) if isinstance(out, (str, os.PathLike)) else Path(scratch) / "student.onnx"
-        if isinstance(out, onnx.ModelProto) and out.graph.node and not given.get("force"):
-            raise JobError("the model to write into holds a graph already.\n  Pass an empty one, or force=True.")
+        _check_empty(out, given)
         goes = report_folder(student, Path(folder) if folder else None) if kept or folder else None
         job = _job(work, given, asked, model=_on_disk(model, Path(scratch) / "model.onnx"), out=student)
         if asked.holdout is None:
@@ -160,6 +160,65 @@ def verify(
     if goes is not None:
         write_report(report, goes, log=progress)
     return report
+
+
+def decompose(
+    model: Model,
+    out: Model | None = None,
+    *,
+    progress: Log = ignore,
+    **options: Unpack[DecomposeOptions],
+) -> Decomposition:
+    """Take the layers of an ONNX CNN apart into smaller ones, from its weights alone. Needs no samples and no torch.
+
+    Parameters
+    ----------
+    model : path or onnx.ModelProto
+        The teacher; it is not changed.
+    out : path or onnx.ModelProto, optional
+        Where the student goes. A ModelProto receives it. None only says what it would come to.
+    progress : callable
+        Told of every step as an `xdonnx.events.Event`.
+    **options
+        As `DecomposeOptions` lists them: the flags of `xdonnx decompose`.
+
+    Returns
+    -------
+    Decomposition
+        What each layer became, and what teacher and student cost.
+
+    Raises
+    ------
+    XdonnxError
+        Of the kind whose exit code fits; nothing was written.
+
+    Examples
+    --------
+    >>> found = xdonnx.decompose("model.onnx", "student.onnx", macs=0.6)  # doctest: +SKIP
+    >>> found.student.macs / found.teacher.macs  # doctest: +SKIP
+    0.598
+    """
+    given = _known(options, DecomposeOptions)
+    sizes = given.pop("input_shape", None)
+    how: dict[str, Any] = {name: given.pop(name) for name in ("force", "external_data") if name in given}
+    _check_empty(out, how)
+    if given.get("round_to") == "auto":
+        del given["round_to"]
+    for name in given.keys() & {"include", "exclude"}:
+        given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
+    with tempfile.TemporaryDirectory(prefix="xdonnx.") as scratch:
+        student = Path(out) if isinstance(out, (str, os.PathLike)) else Path(scratch) / "student.onnx"
+        teacher = _on_disk(model, Path(scratch) / "model.onnx")
+        how["writes"] = out is not None
+        found = decomposed(teacher, student, wanted(**given), sizes=sizes, log=progress, **how)
+        if isinstance(out, onnx.ModelProto):
+            out.CopyFrom(onnx.load(student))
+    return found
+
+
+def _check_empty(out: Model | None, given: Mapping[str, Any]) -> None:
+    if isinstance(out, onnx.ModelProto) and out.graph.node and not given.get("force"):
+        raise JobError("the model to write into holds a graph already.\n  Pass an empty one, or force=True.")
 
 
 def _known(options: Mapping[str, Any], kind: type) -> dict[str, Any]:

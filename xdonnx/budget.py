@@ -159,6 +159,11 @@ def candidates(net: Net, budget: Budget, named: set[str] | None = None) -> list[
     ]
 
 
+def layers_named(net: Net, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    """Return the layers that patterns leave in play; raises JobError for a pattern that matches none."""
+    return _named(net, Budget(include=tuple(include), exclude=tuple(exclude)))
+
+
 def macs(net: Net, keep: np.ndarray) -> int:
     """Return multiply-accumulates of all layers for one sample, given which labels stay."""
     return sum(_share(layer, keep, layer.macs) for layer in net.layers.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +28,7 @@ from xdonnx.graph import Net, read_net
 from xdonnx.journal import Journal, open_journal
 from xdonnx.machine import machines_fault
 from xdonnx.methods.layerwise import Bench, Outcome
-from xdonnx.model import fingerprint, interface, read_proto, sized, write_proto
+from xdonnx.model import add_metadata, fingerprint, interface, read_proto, sized, write_proto
 from xdonnx.patch import Patch, cut, masked
 from xdonnx.paths import check_student, partial_folder, rejected_path
 from xdonnx.planfile import plan_of
@@ -242,16 +241,7 @@ def _stamp(student: onnx.ModelProto, job: Job, net: Net) -> None:
         "method": "+".join(job.method),
         "target": job.target(),
     }
-    _add_metadata(student, facts)
-
-
-def _add_metadata(student: onnx.ModelProto, facts: Mapping[str, str]) -> None:
-    names = {f"xdonnx.{key}" for key in facts}
-    others = [entry for entry in student.metadata_props if entry.key not in names]
-    del student.metadata_props[:]
-    student.metadata_props.extend(others)
-    for key, value in facts.items():
-        student.metadata_props.add(key=f"xdonnx.{key}", value=value)
+    add_metadata(student, facts)
 
 
 def _judge_and_write(
@@ -285,7 +275,7 @@ def _judge_and_write(
             **how,
         )
         # Stamped with what it was found to be worth, so that the file judged is to the byte the file delivered.
-        _add_metadata(student, _worth(fidelity))
+        add_metadata(student, _worth(fidelity))
         write_proto(student, candidate, external=job.external_data)
         report = verify(
             job.model,

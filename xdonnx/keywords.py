@@ -1,4 +1,4 @@
-"""The keywords of `xdonnx.compress` and `xdonnx.verify`: the flags of the commands, and what each takes."""
+"""The keywords of `xdonnx.compress`, `verify` and `decompose`: the flags of the commands, and what each takes."""
 
 from __future__ import annotations
 
@@ -157,3 +157,41 @@ class CompressOptions(SharedOptions, total=False):
     external_data: str
     resume: bool
     memory: int | str
+
+
+class DecomposeOptions(TypedDict, total=False):
+    """What `decompose` may be told, each as the flag of that name.
+
+    Parameters
+    ----------
+    macs, params : float
+        Of the teacher's, at most; one target. Default: macs=0.5.
+    energy : float
+        Of each layer's weight, at least, as its sum of squares; another target.
+    rank : int
+        Of each layer; another target.
+    scheme : {'auto', 'spatial', 'channel'}
+        How kernels are taken apart.
+    include, exclude : str or sequence of str
+        Patterns of layers. The first convolution takes part only where `include` matches it.
+    round_to : int or 'auto'
+        Ranks are multiples of it.
+    input_shape : dict of str to tuple of int
+        Shapes of inputs whose sizes the graph leaves free.
+    force : bool
+        Replace an `out` that exists.
+    external_data : {'auto', 'always', 'never'}
+        Whether weights lie beside the file.
+    """
+
+    macs: float
+    params: float
+    energy: float
+    rank: int
+    scheme: str
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+    round_to: int | Literal["auto"]
+    input_shape: Mapping[str, Sequence[int]]
+    force: bool
+    external_data: str

@@ -251,6 +251,16 @@ def differences(teacher: Interface, student: Interface) -> list[str]:
     return found
 
 
+def add_metadata(proto: onnx.ModelProto, facts: Mapping[str, str]) -> None:
+    """Write into the model where it comes from, as entries `xdonnx.*` that replace older ones of the same name."""
+    names = {f"xdonnx.{key}" for key in facts}
+    others = [entry for entry in proto.metadata_props if entry.key not in names]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(others)
+    for key, value in facts.items():
+        proto.metadata_props.add(key=f"xdonnx.{key}", value=value)
+
+
 def write_proto(proto: onnx.ModelProto, path: str | Path, *, external: str = "auto") -> None:
     """Write the model so that `path` either holds all of it or is untouched.
 

@@ -55,13 +55,19 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
-def add_initializer(graph: ir.Graph, wanted: str, array: np.ndarray) -> ir.Value:
-    """Add an initializer under the wanted name, or that name with a number where it is taken."""
+def free_name(graph: ir.Graph, wanted: str) -> str:
+    """Return the wanted name for a value, or that name with a number where it is taken."""
     taken = {v.name for node in graph for v in node.outputs} | set(graph.initializers)
     taken |= {v.name for v in graph.inputs}
     name, number = wanted, 1
     while name in taken:
         name, number = f"{wanted}_{number}", number + 1
+    return name
+
+
+def add_initializer(graph: ir.Graph, wanted: str, array: np.ndarray) -> ir.Value:
+    """Add an initializer under the wanted name, or that name with a number where it is taken."""
+    name = free_name(graph, wanted)
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)

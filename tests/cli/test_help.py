@@ -22,6 +22,8 @@ FLAGS = {
     "--verbose -v --no-progress --config -h --help",
     "plan": f"{DATA} {PIXELS} --macs --params --keep --structure --include --exclude --round-to --residual "
     "--allocation --out -o --force --json --device --seed --quiet -q --verbose -v --no-progress",
+    "decompose": "--macs --params --energy --rank --scheme --include --exclude --round-to --input-shape --out -o "
+    "--force --external-data --dry-run --json --quiet -q --verbose -v --no-progress -h --help",
     "inspect": "--json --input-shape --config",
     "verify": f"{DATA} {PIXELS} {LIMITS} --report-dir --json --device --seed -q -v --no-progress",
     "gate": f"{LIMITS} --json -q --config",

@@ -20,11 +20,12 @@ def test_nothing_but_compress_and_plan_imports_torch(compressed: Compressed, tmp
 import sys
 from xdonnx_cli.app import run
 heavy = ("torch", "onnx", "onnxruntime", "numpy", "PIL")
-for command in ("", "compress", "plan", "inspect", "verify", "report", "gate", "methods", "doctor"):
+for command in ("", "compress", "plan", "decompose", "inspect", "verify", "report", "gate", "methods", "doctor"):
     assert run([*([command] if command else []), "--help"]) == 0
 assert run(["--version"]) == run(["methods"]) == 0
 assert not set(heavy) & set(sys.modules), "help and methods have to be instant"
 assert run(["inspect", {TEACHER!r}]) == 0
+assert run(["decompose", {TEACHER!r}, "-o", "low.onnx", "--macs", "90%"]) == 0
 assert run(["verify", {TEACHER!r}, {str(student)!r}, *{SHOTS!r}]) == 0
 assert run(["gate", {str(report)!r}, "--max-drop", "100"]) == 0
 assert run(["doctor"]) == 0

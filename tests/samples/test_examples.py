@@ -135,7 +135,7 @@ def test_the_readmes_file_of_samples_is_one_that_can_be_read(tmp_path):
 
 def test_the_commands_of_the_readme_that_name_samples_write_files_of_different_names():
     text = (SAMPLES.parent / "README.md").read_text()
-    outs = re.findall(r"^.*xdonnx (?:compress|plan) samples/.* -o (\S+)$", text, re.MULTILINE)
+    outs = re.findall(r"^.*xdonnx (?:compress|plan|decompose) samples/.* -o (\S+)$", text, re.MULTILINE)
     assert len(outs) >= 3 and len(set(outs)) == len(outs)
 
 
