@@ -12,14 +12,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_jsonable_python
 
 from xdonnx.errors import JobError
 from xdonnx.events import legible
+from xdonnx.strict import STRICT
+from xdonnx.tries import Try
 
-# 1.1 has the worst shots, and says which outputs were not compared.
-SCHEMA_VERSION = "1.1"
+# 1.1 has the worst shots, and says which outputs were not compared. 1.2 has what was tried on the way.
+SCHEMA_VERSION = "1.2"
 
 # The unit of a gate and the decimals in which it is shown, where these suffice to see whether the limit was kept.
 UNITS = {"points": 2, "relative L2": 6, "fraction": 4, "ratio": 3, "bytes": 0, "weights": 0}
@@ -28,15 +30,6 @@ COUNTS = frozenset({"bytes", "weights"})
 AT_LEAST = frozenset({"min_shrink", "smaller", "removed"})
 
 _NO_BOUND = "no bound"
-
-# A report is written whole or not at all: a key that is not in the schema, or a number that JSON cannot hold,
-# is our mistake. Readers of the schema must live with keys to come, so it does not forbid them.
-STRICT = ConfigDict(
-    frozen=True,
-    extra="forbid",
-    allow_inf_nan=False,
-    json_schema_extra=lambda schema: schema.pop("additionalProperties", None),
-)
 
 
 class Tool(BaseModel):
@@ -252,6 +245,9 @@ class Report(BaseModel):
     interface: InterfaceCheck | None = None
     warnings: tuple[str, ...] = ()
     fit_samples: int | None = Field(None, description="samples that fitted the student; None for two given files")
+    tries: tuple[Try, ...] = Field(
+        default=(), description="what was tried to meet a latency, or the gate with --smallest"
+    )
 
 
 def plain(value: Any) -> Any:

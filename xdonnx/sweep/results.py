@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from xdonnx.errors import MachineError
-from xdonnx.report import STRICT, FileInfo, Tool
+from xdonnx.report import FileInfo, Tool
+from xdonnx.strict import STRICT
 from xdonnx.sweep.front import COSTS, QUALITIES, Point, Spread
 from xdonnx.sweep.options import told
 from xdonnx.sweep.records import Record

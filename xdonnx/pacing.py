@@ -1,0 +1,202 @@
+"""A target for the student's latency, met by measuring: plans are cut with whatever weights and timed.
+
+The tables of `tables` say how much faster one split is than another, not how fast a whole network runs. So what is
+predicted is only ever asked for as a share of the teacher's own prediction, and the share is corrected until the one
+that is measured is what was wanted: on the line through what was measured above and below it, which is regula falsi.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from xdonnx.budget import Budget, Goal, Plan, macs, pretend
+from xdonnx.errors import NothingToDo
+from xdonnx.events import Event, Log, ignore
+from xdonnx.graph import Net
+from xdonnx.patch import Patch, cut
+from xdonnx.tables import Array, Clock
+from xdonnx.tries import Try
+
+# Students that are timed at most, and the seconds for each of them and the teacher beside it.
+TRIES, SECONDS = 8, 3.0
+# A student is near enough that is faster than wanted by so much of the teacher's time, or less; and what is aimed at.
+NEAR, AIM = 0.03, 0.01
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a plan was measured to take, timed in turns with the teacher.
+
+    Parameters
+    ----------
+    share : float
+        Of the teacher's prediction that was asked for.
+    plan : Plan
+    teacher, student : float
+        Median milliseconds.
+    """
+
+    share: float
+    plan: Plan
+    teacher: float
+    student: float
+
+    @property
+    def ratio(self) -> float:
+        """Its time over the teacher's."""
+        return self.student / self.teacher
+
+
+@dataclass(frozen=True)
+class Race:
+    """What is timed beside what, and how.
+
+    Parameters
+    ----------
+    net : Net
+    teacher : Path
+        Its file.
+    feed : {graph input: (1, ...)}
+        One sample, or the batch that the graph fixes.
+    clock : Clock
+    """
+
+    net: Net
+    teacher: Path
+    feed: Mapping[str, Array]
+    clock: Clock
+
+    def run(self, share: float, plan: Plan) -> Pace:
+        """Time a student of the plan, with whatever weights, in turns with the teacher."""
+        times = self.clock([self.teacher, student_of(self.net, plan)], [self.feed, self.feed], SECONDS)
+        teacher, student = (float(ms) for ms in np.median(times, axis=0))
+        return Pace(share, plan, teacher, student)
+
+
+def student_of(net: Net, plan: Plan) -> onnx.ModelProto:
+    """Return a student with the channels of a plan, each group's first ones, and the teacher's weights."""
+    drop = [int(label) for at, count in plan.channels.items() for label in net.groups[at].ids[count:]]
+    return cut(net, Patch().plus({}, drop))
+
+
+def paced(
+    budget: Budget, goal: Goal, divide: Callable[[Budget, Goal], Plan], race: Race, log: Log = ignore
+) -> tuple[Plan, tuple[Try, ...]]:
+    """Return a plan whose student was measured to be at or just below the target, and all that was tried.
+
+    Parameters
+    ----------
+    budget : Budget
+        Of kind 'latency'.
+    goal : Goal
+        What layers cost; see `tables.goal_of`.
+    divide : callable
+        Turns a budget and a goal into a plan.
+    race : Race
+    log : Log
+        Told of progress in the stage 'pace'.
+
+    Raises
+    ------
+    NothingToDo
+        The target is out of reach, with the best that was measured; or the teacher meets it.
+    """
+    whole = goal.cost({})
+    least = goal.cost({at: counts[0] for at, counts in goal.counts.items()})
+    # How fast the teacher is has to be known before a time can be a share of it.
+    found = [race.run(1.0, Plan())] if budget.unit else []
+    _check_slower(budget, found)
+    for _ in range(2 * TRIES):
+        share = _next(budget, found, least / max(whole, 1))
+        if share is None or len({tuple(pace.plan.channels.items()) for pace in found}) >= TRIES:
+            break
+        plan = divide(budget, replace(goal, limit=max(share * whole, least)))
+        known = next((pace for pace in found if pace.plan == plan), None)
+        pace = replace(known, share=share) if known else race.run(share, plan)
+        found.append(pace)
+        text = f"{pace.ratio:.1%} of the teacher's {pace.teacher:.3g} ms, for {_wanted(budget, pace):.1%}"
+        log(Event("pace", text, done=len(found), total=TRIES))
+    return _chosen(budget, found, race.net)
+
+
+def _chosen(budget: Budget, found: Sequence[Pace], net: Net) -> tuple[Plan, tuple[Try, ...]]:
+    kept = [pace for pace in found if _gap(budget, pace) <= 0 and pace.plan.channels]
+    if not kept:
+        fastest = min(found, key=lambda pace: pace.ratio)
+        raise NothingToDo(
+            f"--latency {budget.told} is out of reach: the fastest student that was measured takes "
+            f"{fastest.student:.3g} ms, {fastest.ratio:.1%} of the teacher's {fastest.teacher:.3g} ms.\n"
+            "  Ask for more than that, or pass --residual."
+        )
+    best = max(kept, key=lambda pace: pace.ratio)
+    whole = macs(net, pretend(net, {}))
+    tries = {
+        tuple(pace.plan.channels.items()): Try(
+            asked=f"latency {pace.share:.1%}, by the times of its layers",
+            macs=macs(net, pretend(net, pace.plan.channels)) / max(whole, 1),
+            latency=pace.ratio,
+            passed=_gap(budget, pace) <= 0,
+            chosen=pace.plan == best.plan,
+        )
+        for pace in found
+        if pace.plan.channels
+    }
+    return best.plan, tuple(tries.values())
+
+
+def _check_slower(budget: Budget, found: Sequence[Pace]) -> None:
+    for pace in found:
+        if pace.teacher <= budget.amount:
+            raise NothingToDo(
+                f"--latency {budget.told}: the teacher takes {pace.teacher:.3g} ms as it is.\n  Ask for less than that."
+            )
+
+
+def _wanted(budget: Budget, pace: Pace) -> float:
+    """Return the ratio to the teacher that a student was to have."""
+    return budget.amount / pace.teacher if budget.unit else budget.amount
+
+
+def _gap(budget: Budget, pace: Pace) -> float:
+    """Return by how much of the teacher's time a student is slower than wanted; faster is negative."""
+    return pace.ratio - _wanted(budget, pace)
+
+
+def _next(budget: Budget, found: Sequence[Pace], floor: float) -> float | None:
+    """Return the share of the teacher's prediction to ask for next; None where nothing is left to try."""
+    wanted = _wanted(budget, found[-1]) if found else budget.amount
+    gaps = [(pace.share, _gap(budget, pace)) for pace in found if pace.plan.channels]
+    if not gaps:
+        return max(wanted, floor)
+    if any(-NEAR <= gap <= 0 for _, gap in gaps):
+        return None
+    below = max((point for point in gaps if point[1] <= 0), default=None)
+    if below is None:
+        return _further(gaps, floor)
+    # Noise may put a slower student among the faster ones; the teacher itself is always above.
+    slower = [point for point in gaps if point[1] > 0 and point[0] > below[0]]
+    return _between(below, min(slower, default=(1.0, 1 - wanted)))
+
+
+def _further(gaps: Sequence[tuple[float, float]], floor: float) -> float | None:
+    """Return a share below all that were too slow, by the line through the teacher and the last."""
+    share, gap = min(gaps)
+    if share <= floor + 1e-9:
+        return None
+    if len(gaps) >= TRIES - 2:
+        return floor
+    return max(floor, share - max(0.03, 1.2 * (gap + AIM)))
+
+
+def _between(below: tuple[float, float], above: tuple[float, float]) -> float | None:
+    """Return where the line through two points is what is aimed at, though not too near to either."""
+    width = above[0] - below[0]
+    if width < 0.002:
+        return None
+    place = below[0] + width * (-AIM - below[1]) / (above[1] - below[1])
+    return float(np.clip(place, below[0] + 0.1 * width, above[0] - 0.1 * width))
