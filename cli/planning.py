@@ -107,6 +107,7 @@ def _write(job: Job, ready: Prepared, curves: dict[int, Points], heard: list[str
         "fitting_samples": len(ready.fit),
         "predicted": predicted(ready),
         "layers": layers,
+        "tries": [one.model_dump() for one in ready.tries],
         "warnings": heard,
     }
     put_json(talk.json, json.dumps(found, indent=2))
@@ -163,6 +164,9 @@ def _show(console: Console, job: Job, ready: Prepared, layers: list[dict[str, An
         say(console, "  error: of the last features and answers if this layer alone keeps so many; as a share.", "dim")
         say(console, "  curve: its root, from all channels kept to the fewest; alike in height across layers.", "dim")
     show_predicted(console, predicted(ready), single=single)
+    from xdonnx_cli.show import tries
+
+    tries(console, ready.tries)
     console.print()
     say(console, f"Edit {beside(job.out)}, then: xdonnx compress {job.model} --plan {job.out} …")
 

@@ -18,14 +18,21 @@ from xdonnx.budget import Budget, Goal, Plan, macs, pretend
 from xdonnx.errors import NothingToDo
 from xdonnx.events import Event, Log, ignore
 from xdonnx.graph import Net
+from xdonnx.intervals import Interval, ratio_band
 from xdonnx.patch import Patch, cut
-from xdonnx.tables import Array, Clock
+from xdonnx.tables import MULTIPLES, Array, Clock, coarser
 from xdonnx.tries import Try
 
 # Students that are timed at most, and the seconds for each of them and the teacher beside it.
-TRIES, SECONDS = 8, 3.0
+TRIES, SECONDS = 8, 2.0
+# So many times that is gone on where the ratio is not known to twice `NEAR`; a warning is due where it is not to this.
+ROUNDS, WIDE = 3, 0.2
 # A student is near enough that is faster than wanted by so much of the teacher's time, or less; and what is aimed at.
 NEAR, AIM = 0.03, 0.01
+# A finer multiple may be slower by so much for what is predicted of it.
+FINER = 1.05
+# Shares of the teacher's prediction at which plans are sought that tell one multiple from another.
+NEARBY = (0.01, 0.02, 0.03)
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,15 @@ class Pace:
     plan : Plan
     teacher, student : float
         Median milliseconds.
+    band : Interval
+        Between what the ratio of these lies, noise considered.
     """
 
     share: float
     plan: Plan
     teacher: float
     student: float
+    band: Interval
 
     @property
     def ratio(self) -> float:
@@ -71,11 +81,19 @@ class Race:
     feed: Mapping[str, Array]
     clock: Clock
 
-    def run(self, share: float, plan: Plan) -> Pace:
-        """Time a student of the plan, with whatever weights, in turns with the teacher."""
-        times = self.clock([self.teacher, student_of(self.net, plan)], [self.feed, self.feed], SECONDS)
-        teacher, student = (float(ms) for ms in np.median(times, axis=0))
-        return Pace(share, plan, teacher, student)
+    def run(self, share: float, *plans: Plan) -> list[Pace]:
+        """Time students of the plans, with whatever weights, in turns with the teacher; longer where times scatter."""
+        models: list[Path | onnx.ModelProto] = [self.teacher, *(student_of(self.net, plan) for plan in plans)]
+        times = np.zeros((0, len(models)))
+        bands: list[Interval] = []
+        for _ in range(ROUNDS):
+            more = self.clock(models, [self.feed] * len(models), SECONDS * len(models) / 2)
+            times = np.concatenate([times, more])
+            bands = [ratio_band(times[:, 0], times[:, at]) for at in range(1, len(models))]
+            if all(band.high - band.low <= 2 * NEAR for band in bands):
+                break
+        teacher, *students = (float(ms) for ms in np.median(times, axis=0))
+        return [Pace(share, *each) for each in zip(plans, [teacher] * len(plans), students, bands, strict=True)]
 
 
 def student_of(net: Net, plan: Plan) -> onnx.ModelProto:
@@ -109,22 +127,66 @@ def paced(
     whole = goal.cost({})
     least = goal.cost({at: counts[0] for at, counts in goal.counts.items()})
     # How fast the teacher is has to be known before a time can be a share of it.
-    found = [race.run(1.0, Plan())] if budget.unit else []
+    found = race.run(1.0, Plan()) if budget.unit else []
     _check_slower(budget, found)
+    if not budget.round_to:
+        goal, first = _rounded(budget, goal, divide, race, _next(budget, found, least / max(whole, 1)) or 1.0)
+        found += first
+        least = goal.cost({at: counts[0] for at, counts in goal.counts.items()})
     for _ in range(2 * TRIES):
         share = _next(budget, found, least / max(whole, 1))
         if share is None or len({tuple(pace.plan.channels.items()) for pace in found}) >= TRIES:
             break
         plan = divide(budget, replace(goal, limit=max(share * whole, least)))
         known = next((pace for pace in found if pace.plan == plan), None)
-        pace = replace(known, share=share) if known else race.run(share, plan)
+        pace = replace(known, share=share) if known else race.run(share, plan)[0]
         found.append(pace)
         text = f"{pace.ratio:.1%} of the teacher's {pace.teacher:.3g} ms, for {_wanted(budget, pace):.1%}"
         log(Event("pace", text, done=len(found), total=TRIES))
-    return _chosen(budget, found, race.net)
+    return _chosen(budget, found, race.net, log)
 
 
-def _chosen(budget: Budget, found: Sequence[Pace], net: Net) -> tuple[Plan, tuple[Try, ...]]:
+def _rounded(
+    budget: Budget, goal: Goal, divide: Callable[[Budget, Goal], Plan], race: Race, share: float
+) -> tuple[Goal, list[Pace]]:
+    """Return the goal with the multiples that suit the whole network, and what was timed of it to see that.
+
+    Alone a layer may well be as fast as its channels are few, and yet hand its neighbours, as at a Concat, what has to
+    be laid out anew for them. So students of about the same prediction are timed whose counts are ever coarser, and the
+    finest is taken that is hardly slower for what was predicted of it than any.
+    """
+    goals: list[tuple[Goal, float, Plan]] = []
+    for by in reversed(MULTIPLES):
+        made = coarser(goal, by)
+        try:
+            at, plan = _telling(budget, made, divide, share, by)
+        except NothingToDo:
+            continue  # so coarse that all would stay
+        if all(plan != other for *_, other in goals):
+            goals.append((made, at, plan))
+    if len(goals) < 2:
+        return (goals[0][0] if goals else goal), []
+    timed = race.run(share, *(plan for *_, plan in goals))
+    paces = [replace(pace, share=at) for pace, (_, at, _) in zip(timed, goals, strict=True)]
+    worth = [pace.student / goal.cost(pace.plan.channels) for pace in paces]
+    best = next(at for at, each in enumerate(worth) if each <= FINER * min(worth))
+    return goals[best][0], [paces[best]]
+
+
+def _telling(
+    budget: Budget, goal: Goal, divide: Callable[[Budget, Goal], Plan], share: float, by: int
+) -> tuple[float, Plan]:
+    """Return a plan near a share some of whose counts are no multiples of more than this, and its share."""
+    whole = goal.cost({})
+    least = goal.cost({at: counts[0] for at, counts in goal.counts.items()})
+    for less in (0.0, *NEARBY):
+        plan = divide(budget, replace(goal, limit=max((share - less) * whole, least)))
+        if any(count % (2 * by) for count in plan.channels.values()):
+            return share - less, plan
+    return share, divide(budget, replace(goal, limit=max(share * whole, least)))
+
+
+def _chosen(budget: Budget, found: Sequence[Pace], net: Net, log: Log) -> tuple[Plan, tuple[Try, ...]]:
     kept = [pace for pace in found if _gap(budget, pace) <= 0 and pace.plan.channels]
     if not kept:
         fastest = min(found, key=lambda pace: pace.ratio)
@@ -134,10 +196,11 @@ def _chosen(budget: Budget, found: Sequence[Pace], net: Net) -> tuple[Plan, tupl
             "  Ask for more than that, or pass --residual."
         )
     best = max(kept, key=lambda pace: pace.ratio)
+    _warn(best, log)
     whole = macs(net, pretend(net, {}))
     tries = {
         tuple(pace.plan.channels.items()): Try(
-            asked=f"latency {pace.share:.1%}, by the times of its layers",
+            asked=f"predicted latency {pace.share:.1%}",
             macs=macs(net, pretend(net, pace.plan.channels)) / max(whole, 1),
             latency=pace.ratio,
             passed=_gap(budget, pace) <= 0,
@@ -155,6 +218,16 @@ def _check_slower(budget: Budget, found: Sequence[Pace]) -> None:
             raise NothingToDo(
                 f"--latency {budget.told}: the teacher takes {pace.teacher:.3g} ms as it is.\n  Ask for less than that."
             )
+
+
+def _warn(pace: Pace, log: Log) -> None:
+    """Say so where the clock is hardly to be trusted."""
+    if pace.band.high - pace.band.low > WIDE:
+        text = (
+            "latencies scatter, as on a machine that does other work: a student measured at "
+            f"{pace.ratio:.0%} of the teacher may be at {pace.band.low:.0%} to {pace.band.high:.0%}"
+        )
+        log(Event("pace", text, level="warning"))
 
 
 def _wanted(budget: Budget, pace: Pace) -> float:

@@ -9,7 +9,7 @@ between layouts are left out, which is why nothing is concluded from the tables 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -36,10 +36,12 @@ Clock = Callable[[Models, Feeds, float], Array]
 
 # Seconds for all tables, and for the models that are timed in turns at most; how many these are, and their weights.
 SECONDS, EACH, TOGETHER, BYTES = 20.0, 0.6, 24, 2**29
-RUNS = 50
+RUNS = 200
 # Shares of its channels at which a layer is timed, where it reads or makes some that may go, and where it does both.
 ALONE, BOTH = (1.0, 0.75, 0.5, 0.25, 0.125), (1.0, 0.625, 0.3125, 0.125)
 MULTIPLES = (16, 8, 4, 2, 1)
+# Other programs only ever add to the time of a layer, which is short: what the quickest runs take is its own.
+_QUIET = 10
 # A finer multiple is worth having if it saves so much of what its channels save on average.
 WORTH = 0.5
 
@@ -168,6 +170,16 @@ def goal_of(net: Net, groups: Sequence[int], budget: Budget, clock: Clock, log: 
     return Goal(cost, float(cost({})), counts)
 
 
+def coarser(goal: Goal, by: int) -> Goal:
+    """Return the goal with counts in multiples of this alone, of less where there are not twice as many channels."""
+    return replace(goal, counts={at: _multiples(counts, by) for at, counts in goal.counts.items()})
+
+
+def _multiples(counts: Sequence[int], by: int) -> list[int]:
+    by = min(by, max(_probes(counts[-1])))
+    return [count for count in counts if by == 0 or count % by == 0 or count == counts[-1]]
+
+
 def multiple_of(times: Mapping[int, float]) -> int:
     """Return the finest multiple of channels whose counts are as much faster as they are fewer.
 
@@ -259,17 +271,17 @@ def _probes(units: int) -> dict[int, int]:
 
 
 def _timed(points: Mapping[Kind, set[Point]], clock: Clock, log: Log) -> dict[Kind, dict[Point, float]]:
-    """Return the median milliseconds of each kind of layer at each width, without those that any call takes."""
+    """Return the milliseconds of each kind of layer at each width, without those that any call takes."""
     lots = [(kind, part) for kind, wanted in points.items() for part in _parts(kind, sorted(wanted))]
     seconds = min(EACH, SECONDS / len(lots))
     found: dict[Kind, dict[Point, float]] = {kind: {} for kind in points}
     model, feed = one_layer(_NOTHING, (1, 1))
-    call = float(np.median(clock([model], [feed], seconds)))
+    call = float(np.percentile(clock([model], [feed], seconds), _QUIET))
     for done, (kind, part) in enumerate(lots):
         log(Event("tables", f"{kind.op} {'x'.join(map(str, (*kind.kernel, *kind.size)))}", done=done, total=len(lots)))
         models, feeds = zip(*(one_layer(kind, point) for point in part), strict=True)
-        medians = np.median(clock(models, feeds, seconds), axis=0)
-        found[kind] |= {point: max(float(ms) - call, 1e-6) for point, ms in zip(part, medians, strict=True)}
+        quick = np.percentile(clock(models, feeds, seconds), _QUIET, axis=0)
+        found[kind] |= {point: max(float(ms) - call, 1e-6) for point, ms in zip(part, quick, strict=True)}
     return found
 
 

@@ -20,7 +20,7 @@ class Try(BaseModel):
     """A student that was made, or timed, on the way to the one that was written."""
 
     model_config = STRICT
-    asked: str = Field(description="target of this try: 'macs 43.1%'")
+    asked: str = Field(description="of this try: 'macs 43.1%', or 'predicted latency 72.5%' by the times of its layers")
     macs: float | None = Field(default=None, description="its share of the teacher's")
     latency: float | None = Field(default=None, description="median over the teacher's, timed in turns")
     drop: float | None = Field(default=None, description="points lost")
