@@ -32,7 +32,7 @@ NEAR, AIM = 0.03, 0.01
 # A finer multiple may be slower by so much for what is predicted of it.
 FINER = 1.05
 # Shares of the teacher's prediction at which plans are sought that tell one multiple from another.
-NEARBY = (0.01, 0.02, 0.03)
+NEARBY = (0.0, 0.01, 0.02, 0.03)
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ def paced(
         known = next((pace for pace in found if pace.plan == plan), None)
         pace = replace(known, share=share) if known else race.run(share, plan)[0]
         found.append(pace)
+        if known:
+            continue
         text = f"{pace.ratio:.1%} of the teacher's {pace.teacher:.3g} ms, for {_wanted(budget, pace):.1%}"
         log(Event("pace", text, done=len(found), total=TRIES))
     return _chosen(budget, found, race.net, log)
@@ -176,14 +178,12 @@ def _rounded(
 def _telling(
     budget: Budget, goal: Goal, divide: Callable[[Budget, Goal], Plan], share: float, by: int
 ) -> tuple[float, Plan]:
-    """Return a plan near a share some of whose counts are no multiples of more than this, and its share."""
+    """Return the plan near a share of whose counts the most are multiples of no more than this, and its share."""
     whole = goal.cost({})
     least = goal.cost({at: counts[0] for at, counts in goal.counts.items()})
-    for less in (0.0, *NEARBY):
-        plan = divide(budget, replace(goal, limit=max((share - less) * whole, least)))
-        if any(count % (2 * by) for count in plan.channels.values()):
-            return share - less, plan
-    return share, divide(budget, replace(goal, limit=max(share * whole, least)))
+    near = [(share - less, max((share - less) * whole, least)) for less in NEARBY]
+    plans = [(at, divide(budget, replace(goal, limit=limit))) for at, limit in near]
+    return max(plans, key=lambda found: sum(count % (2 * by) > 0 for count in found[1].channels.values()))
 
 
 def _chosen(budget: Budget, found: Sequence[Pace], net: Net, log: Log) -> tuple[Plan, tuple[Try, ...]]:

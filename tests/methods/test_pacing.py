@@ -148,7 +148,8 @@ def test_a_multiple_that_one_layer_likes_and_the_whole_network_does_not_is_not_k
 
     plan, _, ratio = met(Budget("latency", 0.7), clock(of))
 
-    assert all(count % 4 == 0 for count in plan.channels.values())
+    made = {at: NET.layers[NET.groups[at].name].op for at in plan.channels}
+    assert {count % 4 for at, count in plan.channels.items() if made[at] == "Conv"} == {0}
     assert 0.65 <= ratio <= 0.7
 
 
@@ -192,7 +193,7 @@ def test_a_student_of_a_real_clock_is_faster_and_the_report_tells_the_tries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bound is generous: other work on the machine is measured too."""
-    monkeypatch.setattr("xdonnx.tables.SECONDS", 1.0)
+    monkeypatch.setattr("xdonnx.tables.SECONDS", 0.3)
     monkeypatch.setattr("xdonnx.pacing.SECONDS", 0.2)
     shots = np.load(SAMPLES / "held_out.npz")["images"][:30]
 
