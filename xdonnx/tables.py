@@ -8,6 +8,7 @@ between layouts are left out, which is why nothing is concluded from the tables 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -31,8 +32,8 @@ Models = Sequence[Path | onnx.ModelProto]
 Feeds = Sequence[Mapping[str, Array]]
 Point = tuple[int, int]
 """Channels that a layer reads and makes."""
-Clock = Callable[[Models, Feeds, float], Array]
-"""Times models in turns for some seconds: (runs, models) milliseconds."""
+Clock = Callable[[Models, Feeds, float, bool], Array]
+"""Times models in turns for some seconds: (runs, models) milliseconds, by the processor's time if so is said."""
 
 # Seconds for all tables, and for the models that are timed in turns at most; how many these are, and their weights.
 SECONDS, EACH, TOGETHER, BYTES = 20.0, 0.6, 24, 2**29
@@ -112,8 +113,10 @@ class Table:
 def stopwatch(device: str) -> Clock:
     """Return the clock that times models in onnxruntime, one sample a run, as `verify` and `bench` do."""
 
-    def clock(models: Models, feeds: Feeds, seconds: float) -> Array:
-        found, _ = turns(models, feeds, device=device, repeats=RUNS, seconds=seconds)
+    def clock(models: Models, feeds: Feeds, seconds: float, processor: bool) -> Array:
+        # What a GPU does takes no time of the processor.
+        timer = time.process_time if processor and device == "cpu" else time.perf_counter
+        found, _ = turns(models, feeds, device=device, repeats=RUNS, seconds=seconds, timer=timer)
         return found
 
     return clock
@@ -276,11 +279,11 @@ def _timed(points: Mapping[Kind, set[Point]], clock: Clock, log: Log) -> dict[Ki
     seconds = min(EACH, SECONDS / len(lots))
     found: dict[Kind, dict[Point, float]] = {kind: {} for kind in points}
     model, feed = one_layer(_NOTHING, (1, 1))
-    call = float(np.percentile(clock([model], [feed], seconds), _QUIET))
+    call = float(np.percentile(clock([model], [feed], seconds, False), _QUIET))
     for done, (kind, part) in enumerate(lots):
         log(Event("tables", f"{kind.op} {'x'.join(map(str, (*kind.kernel, *kind.size)))}", done=done, total=len(lots)))
         models, feeds = zip(*(one_layer(kind, point) for point in part), strict=True)
-        quick = np.percentile(clock(models, feeds, seconds), _QUIET, axis=0)
+        quick = np.percentile(clock(models, feeds, seconds, False), _QUIET, axis=0)
         found[kind] |= {point: max(float(ms) - call, 1e-6) for point, ms in zip(part, quick, strict=True)}
     return found
 

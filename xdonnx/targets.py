@@ -77,7 +77,9 @@ def met(
         return fitted(budget, limit_of(budget, means.teacher), divide, means.scales), ()
     if budget.kind == "latency":
         goal = goal_of(net, candidates(net, budget), budget, means.clock, log)
-        return paced(budget, goal, divide, Race(net, means.teacher, means.feed, means.clock), log)
+        return paced(
+            budget, goal, divide, Race(net, means.teacher, means.feed, means.clock, strict=bool(budget.unit)), log
+        )
     return divide(budget, None), ()
 
 

@@ -22,7 +22,10 @@ class Try(BaseModel):
     model_config = STRICT
     asked: str = Field(description="of this try: 'macs 43.1%', or 'predicted latency 72.5%' by the times of its layers")
     macs: float | None = Field(default=None, description="its share of the teacher's")
-    latency: float | None = Field(default=None, description="median over the teacher's, timed in turns")
+    latency: float | None = Field(
+        default=None,
+        description="median over the teacher's, timed in turns; of the processor's time where the warnings say so",
+    )
     drop: float | None = Field(default=None, description="points lost")
     error: float | None = Field(default=None, description="relative L2 of the worst output")
     passed: bool = Field(description="whether it kept every limit; of latency: whether it was as fast as was asked for")

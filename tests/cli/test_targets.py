@@ -20,7 +20,7 @@ def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     from xdonnx.cost import measure_cost
     from xdonnx.model import read_proto
 
-    def clock(models: Any, feeds: Any, seconds: float) -> np.ndarray:
+    def clock(models: Any, feeds: Any, seconds: float, _: bool) -> np.ndarray:
         protos = [read_proto(model) if isinstance(model, Path) else model for model in models]
         shapes = [{name: values.shape for name, values in feed.items()} for feed in feeds]
         found = [measure_cost(*pair).macs / 1e6 for pair in zip(protos, shapes, strict=True)]

@@ -31,7 +31,7 @@ EVERY = candidates(NET, Budget("latency", 0.5))
 def clock(of: Callable[[onnx.ModelProto, float], float]) -> Clock:
     """Return a clock that makes up milliseconds from a model and its millions of MACs, without noise."""
 
-    def timed(models: Sequence[Any], feeds: Sequence[Mapping[str, Any]], seconds: float) -> np.ndarray:
+    def timed(models: Sequence[Any], feeds: Sequence[Mapping[str, Any]], seconds: float, _: bool) -> np.ndarray:
         found = []
         for model, feed in zip(models, feeds, strict=True):
             proto = read_proto(model) if isinstance(model, Path) else model
@@ -53,7 +53,7 @@ def divide(budget: Budget, goal: Goal) -> Plan:
 def met(budget: Budget, watch: Clock) -> tuple[Plan, Any, float]:
     """Return the plan of a target, what was tried, and its true share of the teacher's time."""
     plan, tries = paced(budget, goal_of(NET, EVERY, budget, watch), divide, Race(NET, VGG, FEED, watch))
-    teacher, student = watch([VGG, student_of(NET, plan)], [FEED, FEED], 1)[0]
+    teacher, student = watch([VGG, student_of(NET, plan)], [FEED, FEED], 1, False)[0]
     return plan, tries, student / teacher
 
 
@@ -76,7 +76,31 @@ def test_a_time_is_met_in_milliseconds() -> None:
 
     plan, _, _ = met(Budget("latency", 4.0, round_to=1, unit="ms"), watch)
 
-    assert 4.0 - 0.05 * 6.39 <= watch([student_of(NET, plan)], [FEED], 1)[0, 0] <= 4.0
+    assert 4.0 - 0.05 * 6.39 <= watch([student_of(NET, plan)], [FEED], 1, False)[0, 0] <= 4.0
+
+
+def test_where_times_scatter_a_share_is_of_the_processors_time_and_milliseconds_are_what_they_are() -> None:
+    quiet = clock(lambda model, macs: macs)
+    draw = np.random.default_rng(0)
+
+    def busy(models: Any, feeds: Any, seconds: float, processor: bool) -> np.ndarray:
+        found = quiet(models, feeds, seconds, processor)
+        return found if processor else found * draw.choice([1, 5, 9], found.shape)
+
+    goal = goal_of(NET, EVERY, Budget("latency", 0.7), quiet)
+    heard: list[str] = []
+
+    def log(event: Any) -> None:
+        heard.extend([event.text] * (event.level == "warning"))
+
+    plan, tries = paced(Budget("latency", 0.7), goal, divide, Race(NET, VGG, FEED, busy), log)
+    strict = Race(NET, VGG, FEED, busy, strict=True).run(0.7, plan)[0]
+
+    teacher, student = quiet([VGG, student_of(NET, plan)], [FEED, FEED], 1, False)[0]
+    assert 0.65 <= student / teacher <= 0.7
+    assert next(one.latency for one in tries if one.chosen) == pytest.approx(student / teacher)
+    assert len(heard) == 1 and "latencies scatter" in heard[0] and "the processor's time" in heard[0]
+    assert strict.processor is None and strict.ratio == strict.student / strict.teacher
 
 
 def test_the_same_clock_gives_the_same_plan() -> None:
