@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 from xdonnx.errors import MachineError
 from xdonnx_cli.configuration import Origins
 from xdonnx_cli.ending import attempted
-from xdonnx_cli.flags import PLAN, SWITCH, Data, Limits, Pixels, Recipe, Sizes, Talk, Target, output, running
+from xdonnx_cli.flags import PLAN, SMALLEST, SWITCH, Data, Limits, Pixels, Recipe, Sizes, Talk, Target, output, running
 from xdonnx_cli.output import command_line, put_json, tables
 from xdonnx_cli.progress import told
 from xdonnx_cli.wanted import check_cheaply, fields, library
@@ -58,6 +58,7 @@ def compress(
     talk: Talk,
     origins: Origins,
     plan: Annotated[Path | None, PLAN] = None,
+    smallest: Annotated[bool, SMALLEST] = False,
 ) -> int:
     """Make an ONNX CNN smaller and faster from a handful of samples, and check it in onnxruntime.
 
@@ -69,7 +70,12 @@ def compress(
     from xdonnx.paths import check_student, report_folder
 
     folder = report_folder(files.out, files.report_dir)
-    options = {**vars(recipe), "method": tuple(recipe.method or ("cross",)), "pool": tuple(recipe.pool or ())}
+    options = {
+        **vars(recipe),
+        "method": tuple(recipe.method or ("cross",)),
+        "pool": tuple(recipe.pool or ()),
+        "smallest": smallest,
+    }
     if files.dry_run:
         check_cheaply(model, target, options["method"])
         return _dry_run(_job(model, plan, options, fields(data, pixels, sizes, target), limits, files), origins, talk)
@@ -103,13 +109,14 @@ def _job(
 
 
 def _dry_run(job: Job, origins: Origins, talk: Talk) -> int:
+    from xdonnx.budget import MEASURED
     from xdonnx_cli.plan import as_dict, show_plan
 
     work = library()
     with told(talk) as log:
         ready = work.prepared(job, log, writes=False)
-        if job.measured():
-            ready = replace(ready, plan=work.planned(job, ready, work.opened(ready, log), log))
+        if job.measured() or job.budget().kind in MEASURED or job.smallest:
+            ready = work.planned(job, ready, work.opened(ready, log), log)
     put_json(talk.json, json.dumps(as_dict(job, ready, origins), indent=2))
     if not talk.quiet:
         show_plan(tables(talk), job, ready, origins)

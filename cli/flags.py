@@ -40,8 +40,14 @@ output = panel("Output")
 running = panel("Run")
 
 
-# Of compress alone: what another command made.
+# Of compress alone: what another command made, and what only its gate can end.
 PLAN = target("--plan", "FILE", "What xdonnx plan wrote, edited or not.")
+SMALLEST = target(
+    "--smallest",
+    SWITCH,
+    "As few MACs as the gate allows, found by halving: some six students are made and judged. Wants --max-drop or "
+    "--max-error.",
+)
 
 
 def fraction(text: str) -> float:
@@ -76,6 +82,23 @@ def multiple(text: str) -> int | None:
     return int(text)
 
 
+def sized(text: str) -> str:
+    """Return the size of a file as it is written: 10MB or 40%."""
+    return _amount(text, "size")
+
+
+def timed(text: str) -> str:
+    """Return a latency as it is written: 5ms or 70%."""
+    return _amount(text, "latency")
+
+
+def _amount(text: str, kind: str) -> str:
+    from xdonnx.amounts import amount_of
+
+    amount_of(text, kind)
+    return text
+
+
 def numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
     """Return comma-separated numbers."""
     if text is None:
@@ -102,11 +125,19 @@ _SHAPE = "Shape of an input whose size the graph leaves free. Repeat for several
 _KIND = (
     "channel, the default: smaller and faster. element: single weights; a smaller file, no faster. n:m, such as 2:4."
 )
-_ROUND = "Keep channels in multiples of N. auto, the default: of 8 or 4 where layers are wide; exactly F with --keep."
+_ROUND = (
+    "Keep channels in multiples of N. auto, the default: of 8 or 4 where layers are wide; exactly F with --keep; what "
+    "proves fast on this machine with --latency."
+)
+_SIZE = "The student's file, at most: so many bytes (B, kB, MB, GB, KiB, MiB), or 40% of the teacher's."
+_LATENCY = (
+    "Median time of one run in onnxruntime on this machine and --device, at most, for one sample: 5ms, or 70% of the "
+    "teacher's. Layers are timed at several widths, and whole students until the target is met."
+)
 _CONNECTION = "auto, soft, cross, correction, imitation or regression: which input each network reads."
 _ALLOCATION = (
     "auto, measured or uniform: whether layers lose by their error curves or all the same fraction. auto: measured "
-    "with --macs and --params, unless the effort is fast or paper."
+    "but with --keep, unless the effort is fast or paper."
 )
 _STEPS = "Of --method tune, squeeze, bp and fitnet. Default: by the effort and the size of the network."
 _ADVERSARIAL = "Of --method squeeze: an adversary has a say, as by default. Without it: --no-adversarial."
@@ -194,6 +225,8 @@ class Target:
         target("--macs", "P", "MACs of the student, at most: 50% or 0.5. The default target, at 50%.", parser=fraction),
     ] = None
     params: Annotated[float | None, target("--params", "P", "Weights of the student, at most.", parser=fraction)] = None
+    size: Annotated[str | None, target("--size", "10MB|P", _SIZE, parser=sized)] = None
+    latency: Annotated[str | None, target("--latency", "5ms|P", _LATENCY, parser=timed)] = None
     keep: Annotated[
         float | None,
         target("--keep", "F", "Units kept in each layer that may lose some: above 0, below 1.", parser=fraction),

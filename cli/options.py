@@ -30,7 +30,7 @@ _EXAMPLES = {
     "min_shrink": '"10%"', "scale": "255.0", "shots": '"photos"', "report_dir": '"report"',
     "PATH": '"photos"', "FILE": '"file.txt"', "DIR": '"folder"', "K": "5", "N": "100", "F|PATH": "0.2", "P": '"50%"',
     "A,B,C": "[0.485, 0.456, 0.406]", "X": "0.5", "PX": "256", "F": "0.5", "POINTS": "1.0", "PATTERN": '["stage3*"]',
-    "NAME:1x3x224x224": "{ image = [1, 3, 224, 224] }", "N|auto": "8",
+    "NAME:1x3x224x224": "{ image = [1, 3, 224, 224] }", "N|auto": "8", "10MB|P": '"10MB"', "5ms|P": '"70%"',
 }  # fmt: skip
 
 

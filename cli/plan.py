@@ -68,6 +68,7 @@ def as_dict(job: Job, ready: Prepared, origins: Origins) -> dict[str, Any]:
         "split": _split(job),
         "predicted": predicted(ready),
         "plan": list(rows(ready)),
+        "tries": [one.model_dump() for one in ready.tries],
     }
 
 
@@ -82,7 +83,8 @@ def show_plan(console: Console, job: Job, ready: Prepared, origins: Origins) -> 
         table.add_row(f"  {name.replace('_', '-')}", value, Text(_origin(name, origins), "dim"))
     budget = job.budget()
     if job.plan is None:
-        table.add_row("  target", f"{budget.kind} {100 * budget.amount:g} %", "")
+        wanted = "" if job.smallest else f" {budget.told.replace('%', ' %')}"
+        table.add_row("  target", f"{budget.kind}{wanted}", "the first try" if job.smallest else "")
     table.add_row("  split", _SPLITS[found["split"]], "")
     table.add_row("  samples", f"{len(ready.fit)} fit, {len(ready.held_out)} judge; on {ready.device}", "")
     console.print(table)
@@ -99,6 +101,9 @@ def show_plan(console: Console, job: Job, ready: Prepared, origins: Origins) -> 
         table.add_row(f"  {names[row['name']]}", kept, units, *readers)
     console.print(table)
     show_predicted(console, found["predicted"], single=single)
+    from xdonnx_cli.show import tries
+
+    tries(console, ready.tries)
 
 
 def show_predicted(console: Console, found: Mapping[str, int], *, single: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,6 @@ from xdonnx_cli.terminal import beside, heading, plain_table, room, say, shorten
 from xdonnx_cli.wanted import check_cheaply, fields, library
 
 if TYPE_CHECKING:
-    from xdonnx.budget import Plan
     from xdonnx.events import Event, Log
     from xdonnx.job import Job, Prepared
     from xdonnx.planfile import PlanFile, Points
@@ -78,18 +77,18 @@ def plan(
             log(event)
 
         ready: Prepared = work.prepared(job, note, writes=False)
-        split, curves = _split(work, job, ready, note)
-    _write(job, replace(ready, plan=split), curves, list(dict.fromkeys(heard)), talk)
+        ready, curves = _split(work, job, ready, note)
+    _write(job, ready, curves, list(dict.fromkeys(heard)), talk)
     return 0
 
 
-def _split(work: Any, job: Job, ready: Prepared, log: Log) -> tuple[Plan, dict[int, Points]]:
+def _split(work: Any, job: Job, ready: Prepared, log: Log) -> tuple[Prepared, dict[int, Points]]:
     """Return what stays, and the curves measured: they decide where the job says so, and are shown in any case."""
+    program = work.opened(ready, log)
     if job.structure != "channel":
-        return ready.plan, {}
-    measured = work.curves(job, ready, work.opened(ready, log), log)
-    split = work.allocate(ready.net, measured, job.budget()) if job.measured() else ready.plan
-    return split, {curve.group: curve.points for curve in measured}
+        return work.planned(job, ready, program, log), {}
+    measured = work.curves(job, ready, program, log)
+    return work.planned(job, ready, program, log, measured), {curve.group: curve.points for curve in measured}
 
 
 def _write(job: Job, ready: Prepared, curves: dict[int, Points], heard: list[str], talk: Talk) -> None:
@@ -108,6 +107,7 @@ def _write(job: Job, ready: Prepared, curves: dict[int, Points], heard: list[str
         "fitting_samples": len(ready.fit),
         "predicted": predicted(ready),
         "layers": layers,
+        "tries": [one.model_dump() for one in ready.tries],
         "warnings": heard,
     }
     put_json(talk.json, json.dumps(found, indent=2))
@@ -164,6 +164,9 @@ def _show(console: Console, job: Job, ready: Prepared, layers: list[dict[str, An
         say(console, "  error: of the last features and answers if this layer alone keeps so many; as a share.", "dim")
         say(console, "  curve: its root, from all channels kept to the fewest; alike in height across layers.", "dim")
     show_predicted(console, predicted(ready), single=single)
+    from xdonnx_cli.show import tries
+
+    tries(console, ready.tries)
     console.print()
     say(console, f"Edit {beside(job.out)}, then: xdonnx compress {job.model} --plan {job.out} …")
 

@@ -18,6 +18,9 @@ STAGES = {
     "pool": "score the pool",
     "parity": "compare with onnxruntime",
     "curves": "measure curves",
+    "tables": "time layers",
+    "pace": "time students",
+    "smallest": "look for the smallest",
     "fit": "compress",
     "ranks": "look at ranks",
     "split": "take apart",
@@ -69,7 +72,7 @@ def _drawing(bars: Progress) -> Log:
         task = tasks[event.stage]
         if event.total:
             bars.update(task, total=event.total, completed=event.done, count=f"{event.done}/{event.total}")
-        if event.stage in ("curves", "fit", "ranks", "split") and event.text:
+        if event.stage in ("curves", "fit", "tables", "ranks", "split") and event.text:
             width = max(12, bars.console.width - 40)
             bars.update(task, description=f"{stage} {Text(shorten(event.text, min(width, 30))).plain}")
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from xdonnx.figures import amount
 from xdonnx.gate import STRICT, heavy_loss
 from xdonnx.report import Figures, GateResult, LayerResult, Report, gate_line, gist, preset_of
+from xdonnx.tries import Try, tried
 from xdonnx_cli.terminal import beside, bullets, heading, percent, plain_table, room, say, shorten, shortened
 
 _COLOURS = {"passed": "bold green", "rejected": "bold red", "failed": "bold red"}
@@ -35,6 +36,7 @@ def show(console: Console, report: Report, *, written: Sequence[Path] = (), quie
     if quiet:
         return
     before_after(console, report)
+    tries(console, report.tries)
     gates(console, report.gates)
     worst_layers(console, report.layers)
     if report.warnings:
@@ -116,6 +118,18 @@ def _fidelity_rows(report: Report) -> Iterable[tuple[str, ...]]:
     for output in fidelity.outputs[:3]:
         if output.relative_l2 is not None:
             yield f"error of {shorten(output.name, 16)}", "", f"{output.relative_l2:.4f}", "relative L2"
+
+
+def tries(console: Console, found: Sequence[Try]) -> None:
+    """Print what was tried on the way, and which was taken."""
+    if not found:
+        return
+    table = plain_table("Tries", "MACs", "found", "<")
+    table.columns[0].header_style = "bold"
+    for row in tried(found):
+        table.add_row(f"  {row[0]}", *row[1:])
+    console.print()
+    console.print(table)
 
 
 def gates(console: Console, results: Sequence[GateResult]) -> None:

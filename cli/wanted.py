@@ -22,7 +22,7 @@ def library() -> Any:
 
 def check_cheaply(model: Path, target: Target, methods: Sequence[str] = ()) -> None:
     """Raise what is wrong with names and numbers before torch is imported, which takes seconds."""
-    from xdonnx.budget import KINDS, Budget, check_budget, pattern_of
+    from xdonnx.budget import KINDS, MEASURED, Budget, check_budget, pattern_of
     from xdonnx.methods import named
     from xdonnx.model import check_file
 
@@ -31,7 +31,7 @@ def check_cheaply(model: Path, target: Target, methods: Sequence[str] = ()) -> N
     pattern_of(structure)
     for kind in KINDS:
         amount = getattr(target, kind)
-        if amount is not None:
+        if amount is not None and kind not in MEASURED:  # of which the parser made sure
             check_budget(Budget(kind, amount, structure, round_to=target.round_to))
     for name in methods:
         named(name)

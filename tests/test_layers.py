@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "xdonnx"
 ROWS = [
-    {"errors", "events", "files", "figures", "scorecache", "sheet"},
+    {"errors", "events", "files", "figures", "scorecache", "strict"},
     {
         "model",
         "prepare",
@@ -25,21 +25,23 @@ ROWS = [
         "machine",
         "journal",
         "lowrank",
+        "sheet",
+        "amounts",
     },
-    {"moments"},
+    {"moments", "tries"},
     {"runtime", "report", "paths", "draw", "images", "labels", "cost", "connection", "operators", "removal"},
     {"layers", "reshaping", "sources", "stem", "feeds", "solve", "contributions", "worst", "summary", "junit", "plot"},
     {"rows", "tensors"},
     {"rules", "gate", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
     {"graph", "verification", "memory", "publication", "direct", "pool"},
-    {"patch", "budget", "convert", "doctor", "keywords", "samples", "relatedness"},
+    {"patch", "budget", "tallies", "convert", "doctor", "keywords", "samples", "relatedness"},
     {"walk", "survey", "student", "planfile", "agreement", "judging", "collection", "ranks"},
-    {"methods.joint", "methods.wide", "methods.attention", "wanted", "splitting"},
-    {"methods.layerwise", "methods.adversary", "room", "decomposition"},
+    {"methods.joint", "methods.wide", "methods.attention", "wanted", "splitting", "sizing", "tables"},
+    {"methods.layerwise", "methods.adversary", "room", "decomposition", "pacing"},
     {"methods.training", "allocation", "accounting"},
     {"methods.cross", "methods.l1_norm", "methods.thinet", "methods.channel_pruning", "methods.fskd", "methods.tune"},
-    {"methods.bp", "methods.fitnet", "methods.squeeze"},
-    {"resuming"},
+    {"methods.bp", "methods.fitnet", "methods.squeeze", "targets"},
+    {"resuming", "delivery"},
     {"job"},
     {"api", "sweep", "sweep.records", "sweep.identity"},
     {"sweep.options", "sweep.measuring"},
@@ -58,6 +60,7 @@ TORCH_FREE = {
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
     "tensors", "samples", "judging", "files", "figures", "wanted", "machine", "journal", "pool", "scorecache",
     "sheet", "relatedness", "collection", "ranks", "splitting", "decomposition",
+    "strict", "amounts", "tries", "tallies", "sizing", "tables", "pacing",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",

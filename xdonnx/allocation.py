@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xdonnx.budget import Budget, Plan, make_plan, multiple, target
+from xdonnx.budget import Budget, Goal, Plan, make_plan, multiple, out_of_reach, target
 from xdonnx.columns import from_matrix, to_matrix
 from xdonnx.connection import Quadratic, correction, damped, objective, restricted
 from xdonnx.convert import Program, stored
@@ -265,7 +265,7 @@ def _thinned(readers: Sequence[_Reader], kept: Tensor, count: int) -> Tensor:
     return made
 
 
-def allocate(net: Net, curves: Sequence[Curve], budget: Budget) -> Plan:
+def allocate(net: Net, curves: Sequence[Curve], budget: Budget, goal: Goal | None = None) -> Plan:
     """Split a target over the groups so that the sum of their errors is small.
 
     Parameters
@@ -273,7 +273,9 @@ def allocate(net: Net, curves: Sequence[Curve], budget: Budget) -> Plan:
     curves : sequence of Curve
         From :func:`measure_curves`, one for each group that may lose channels.
     budget : Budget
-        Of kind 'macs' or 'params'.
+        Over the whole network.
+    goal : Goal, optional
+        Of targets that are measured: size and latency.
 
     Returns
     -------
@@ -285,19 +287,17 @@ def allocate(net: Net, curves: Sequence[Curve], budget: Budget) -> Plan:
     NothingToDo
         The target is out of reach even with as few channels left as rounding allows.
     """
-    cost, limit = target(net, budget)
-    steps = {curve.group: _ladder(net, curve, budget) for curve in curves}
+    goal = goal or target(net, budget)
+    cost, limit = goal.cost, goal.limit
+    steps = {curve.group: _ladder(net, curve, budget, goal) for curve in curves}
     fewest = {curve.group: min(curve.points)[0] for curve in curves}
     at = _descended(steps, fewest, cost, limit)
     chosen = {group: steps[group][place][0] for group, place in at.items()}
     if cost(chosen) > limit:
-        raise NothingToDo(
-            f"--{budget.kind} {budget.amount:.0%} is out of reach: with as few channels left as --round-to allows, "
-            f"{cost(chosen) / cost({}):.1%} remain.\n  Ask for more than that, pass --round-to 1, or pass --residual."
-        )
+        raise out_of_reach(budget, cost(chosen), cost({}))
     # A descent by steps can miss by one what the same fraction everywhere happens to hit; and where nothing was to be
     # measured all splits are alike, and the even one is the safest.
-    uniform = make_plan(net, budget).channels
+    uniform = make_plan(net, budget, goal).channels
     even = {group: uniform.get(group, ladder[0][0]) for group, ladder in steps.items()}
     errors = {group: dict(ladder) for group, ladder in steps.items()}
     if cost(even) <= limit and _sum(errors, even) <= _sum(errors, chosen):
@@ -352,7 +352,7 @@ def _sum(errors: Mapping[int, Mapping[int, float]], chosen: Mapping[int, int]) -
     return sum(errors[group][count] for group, count in chosen.items())
 
 
-def _ladder(net: Net, curve: Curve, budget: Budget) -> list[tuple[int, float]]:
+def _ladder(net: Net, curve: Curve, budget: Budget, goal: Goal) -> list[tuple[int, float]]:
     """Return (kept, error) for every count that rounding allows, falling, on the convex hull of the curve.
 
     Between two counts on the hull the slope is constant, so a step is as dear as the way to the next corner: without
@@ -366,7 +366,7 @@ def _ladder(net: Net, curve: Curve, budget: Budget) -> list[tuple[int, float]]:
             hull.pop()
         hull.append((count, float(error)))
     total, by = points[-1][0], multiple(net.groups[curve.group], budget)
-    allowed = sorted({total, *range(by, total, by)}, reverse=True)
+    allowed = sorted(goal.counts.get(curve.group) or {total, *range(by, total, by)}, reverse=True)
     found = np.interp(allowed, [count for count, _ in hull], [error for _, error in hull])
     # Below the fewest channels measured the error is taken to grow as one over them.
     fewest = hull[0][0]

@@ -13,10 +13,13 @@ import numpy as np
 
 from xdonnx.cost import measure_cost
 from xdonnx.errors import JobError, NothingToDo, did_you_mean
+from xdonnx.figures import amount
 from xdonnx.graph import Group, Net
 from xdonnx.layers import Layer
 
-KINDS = ("keep", "macs", "params")
+KINDS = ("keep", "macs", "params", "size", "latency")
+# What these come to is known of a goal that somebody made for the net, not of the net alone.
+MEASURED = ("size", "latency")
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class Budget:
 
     Parameters
     ----------
-    kind : {'keep', 'macs', 'params'}
+    kind : {'keep', 'macs', 'params', 'size', 'latency'}
         'keep': the fraction of units in every layer that may lose some; the others: of the whole network.
     amount : float
-        A fraction of the teacher, above 0 and below 1.
+        A fraction of the teacher, above 0 and below 1; or bytes or milliseconds, as `unit` says.
     structure : str
         'channel', 'element', or 'n:m' such as '2:4'.
     include, exclude : tuple of str
@@ -39,6 +42,8 @@ class Budget:
         at other widths; for 'keep' exactly the fraction.
     residual : bool
         Whether channels that several layers add into may go too.
+    unit : {'', 'B', 'ms'}
+        Of the amount; '' is a fraction.
     """
 
     kind: str = "macs"
@@ -48,6 +53,33 @@ class Budget:
     exclude: tuple[str, ...] = ()
     round_to: int | None = None
     residual: bool = False
+    unit: str = ""
+
+    @property
+    def told(self) -> str:
+        """The amount as people write it."""
+        if not self.unit:
+            return f"{100 * self.amount:g}%"
+        return amount(self.amount, "B") if self.unit == "B" else f"{self.amount:g} {self.unit}"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A target over the whole network, in numbers.
+
+    Parameters
+    ----------
+    cost : callable
+        What a choice of channels {group: kept} costs; groups that are left out keep all.
+    limit : float
+        What it may cost at most.
+    counts : mapping
+        {group: counts that it may keep}, all of them the last; other groups go by `multiple`.
+    """
+
+    cost: Callable[[Mapping[int, int]], int]
+    limit: float
+    counts: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,7 +125,7 @@ def check_budget(budget: Budget) -> None:
     """Raise JobError for a target that makes no sense for any model."""
     if budget.kind not in KINDS:
         raise JobError(f"unknown target '{budget.kind}'.\n  Targets: {', '.join(KINDS)}.")
-    if not 0 < budget.amount < 1:
+    if not (0 < budget.amount < 1 or (budget.unit and budget.amount > 0)):
         raise JobError(
             f"--{budget.kind} is {budget.amount:g}.\n  It is a fraction above 0 and below 1: "
             "0.5 or 50%. One per cent is 1%."
@@ -103,8 +135,15 @@ def check_budget(budget: Budget) -> None:
     pattern_of(budget.structure)
 
 
-def make_plan(net: Net, budget: Budget) -> Plan:
+def make_plan(net: Net, budget: Budget, goal: Goal | None = None) -> Plan:
     """Turn a target into units kept, the same fraction in every layer.
+
+    Parameters
+    ----------
+    net : Net
+    budget : Budget
+    goal : Goal, optional
+        Of targets that are measured: size and latency.
 
     Raises
     ------
@@ -117,11 +156,12 @@ def make_plan(net: Net, budget: Budget) -> Plan:
     pattern = pattern_of(budget.structure)
     named = _named(net, budget)
     if budget.structure == "channel":
-        return _channel_plan(net, budget, named)
-    if budget.kind == "macs":
+        return _channel_plan(net, budget, named, goal)
+    if budget.kind in ("macs", "latency"):
         raise JobError(
-            f"--macs does not go with --structure {budget.structure}: zero weights are multiplied all the same.\n"
-            "  Use --keep or --params, or --structure channel."
+            f"--{budget.kind} does not go with --structure {budget.structure}: "
+            "zero weights are multiplied all the same.\n"
+            "  Use --keep, --params or --size, or --structure channel."
         )
     layers = [layer for layer in weight_layers(net) if layer.name in named]
     if not layers:
@@ -195,7 +235,7 @@ def _share(layer: Layer, keep: np.ndarray, amount: int) -> int:
     return amount * outputs * columns // (len(layer.out_ids) * len(layer.columns))
 
 
-def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
+def _channel_plan(net: Net, budget: Budget, named: set[str], goal: Goal | None) -> Plan:
     groups = candidates(net, budget, named)
     if not groups:
         named_makers = [group for group in net.groups if named.issuperset(group.producers)]
@@ -208,23 +248,23 @@ def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
         raise NothingToDo(f"no channel may go.\n  {hint}")
 
     def counts(fraction: float) -> dict[int, int]:
-        return {at: _rounded(net.groups[at], fraction, multiple(net.groups[at], budget)) for at in groups}
+        found = {at: _rounded(net.groups[at], fraction, multiple(net.groups[at], budget)) for at in groups}
+        if goal is not None:
+            found |= {at: _nearest(goal.counts[at], fraction) for at in groups if at in goal.counts}
+        return found
 
     if budget.kind == "keep":
         chosen = counts(budget.amount)
     else:
-        cost, limit = target(net, budget)
+        goal = goal or target(net, budget)
+        cost, limit = goal.cost, goal.limit
         fractions = sorted(
             {k / len(net.groups[at].ids) for at in groups for k in range(1, len(net.groups[at].ids) + 1)}
         )
         low, high = 0, len(fractions) - 1
-        least, everything = cost(counts(fractions[0])), cost({})
+        least = cost(counts(fractions[0]))
         if least > limit:
-            raise NothingToDo(
-                f"--{budget.kind} {100 * budget.amount:g}% is out of reach: with as few channels left as --round-to "
-                f"allows, {least / everything:.1%} remain.\n"
-                "  Ask for more than that, pass --round-to 1, or pass --residual."
-            )
+            raise out_of_reach(budget, least, cost({}))
         while low < high:
             middle = (low + high + 1) // 2
             if cost(counts(fractions[middle])) <= limit:
@@ -238,15 +278,45 @@ def _channel_plan(net: Net, budget: Budget, named: set[str]) -> Plan:
     return Plan("channel", channels=losing)
 
 
-def target(net: Net, budget: Budget) -> tuple[Callable[[Mapping[int, int]], int], float]:
-    """Return what a choice of channels {group: kept} costs under a target over the whole network, and the limit."""
+def target(net: Net, budget: Budget) -> Goal:
+    """Return a target of MACs or weights over the whole network as a goal.
+
+    Raises
+    ------
+    JobError
+        The target is of another kind: see `sizing` and `pacing`.
+    """
+    if budget.kind in MEASURED:
+        raise JobError(f"a target of {budget.kind} needs a goal.\n  Jobs make one; make_plan and allocate take it.")
     cost: Callable[[Net, np.ndarray], int] = macs if budget.kind == "macs" else params
     fixed = _other_macs(net) if budget.kind == "macs" else 0
 
     def of(channels: Mapping[int, int]) -> int:
         return fixed + cost(net, pretend(net, channels))
 
-    return of, budget.amount * of({})
+    return Goal(of, budget.amount * of({}))
+
+
+def floor(net: Net, budget: Budget) -> float:
+    """Return the share of MACs, or of weights, that is left where as little stays as may."""
+    if budget.structure == "channel":
+        cost = target(net, budget).cost
+        groups = {at: net.groups[at] for at in candidates(net, budget)}
+        least = {at: min(multiple(group, budget), len(group.ids)) for at, group in groups.items()}
+        return cost(least) / max(cost({}), 1)
+    named = _named(net, budget)
+    free = sum(int(net.array(layer.weight).size) for layer in weight_layers(net) if layer.name in named)
+    return 1 - free / max(sum(layer.params for layer in net.layers.values()), 1)
+
+
+def out_of_reach(budget: Budget, least: float, whole: float) -> NothingToDo:
+    """Return the error that says how far one can get."""
+    unit = {"size": "B"}.get(budget.kind)
+    best = f"{least / whole:.1%} remain" if unit is None else f"{amount(least, unit)} ({least / whole:.1%}) remain"
+    return NothingToDo(
+        f"--{budget.kind} {budget.told} is out of reach: with as few channels left as --round-to allows, {best}.\n"
+        "  Ask for more than that, pass --round-to 1, or pass --residual."
+    )
 
 
 def multiple(group: Group, budget: Budget) -> int:
@@ -273,6 +343,10 @@ def _rounded(group: Group, fraction: float, multiple: int) -> int:
     return min(count, units)
 
 
+def _nearest(counts: Sequence[int], fraction: float) -> int:
+    return min(counts, key=lambda count: (abs(count - fraction * counts[-1]), -count))
+
+
 def _named(net: Net, budget: Budget) -> set[str]:
     """Return the layers that the patterns leave in play."""
     allowed = set(net.layers)
@@ -281,14 +355,14 @@ def _named(net: Net, budget: Budget) -> set[str]:
         for pattern in patterns:
             hits = {n for n, layer in net.layers.items() if any(fnmatchcase(t, pattern) for t in (n, layer.node) if t)}
             if not hits:
-                raise JobError(f"--{option} '{pattern}' matches no layer.\n  {_nearest(net, pattern)}")
+                raise JobError(f"--{option} '{pattern}' matches no layer.\n  {_alike(net, pattern)}")
             matched |= hits
         if patterns:
             allowed = allowed & matched if option == "include" else allowed - matched
     return allowed
 
 
-def _nearest(net: Net, pattern: str) -> str:
+def _alike(net: Net, pattern: str) -> str:
     names: Sequence[str] = list(net.layers)
     near = get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3) or list(names)[:3]
     return f"Layers are named by the value they make, such as {', '.join(repr(n) for n in near)}."

@@ -13,7 +13,8 @@ class Event:
     Parameters
     ----------
     stage : str
-        What the job is busy with: 'read', 'shots', 'pool', 'parity', 'curves', 'fit', 'cut', 'verify', 'latency'.
+        What the job is busy with: 'read', 'shots', 'pool', 'parity', 'curves', 'tables', 'pace', 'fit', 'cut',
+        'verify', 'latency', 'smallest'.
     text : str
         One line for a person, legible; may be empty on a pure progress tick.
     done, total : int

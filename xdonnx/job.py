@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import torch
 
 from xdonnx.accounting import layer_results
 from xdonnx.agreement import check_same, keep_sparse
-from xdonnx.allocation import Curve, allocate, measure_curves
+from xdonnx.allocation import Curve, measure_curves
 from xdonnx.augment import VIEWS, widened
-from xdonnx.budget import Plan, candidates, make_plan
+from xdonnx.budget import MEASURED, Plan, candidates, floor, macs, pretend
 from xdonnx.collection import Teacher, collect
 from xdonnx.convert import Program, checked, convert
+from xdonnx.delivery import WORTH, Judged, delivered, hearing, judged, stamp, worst_error
 from xdonnx.devices import usable_device
-from xdonnx.errors import ShotsError, VerifyError
-from xdonnx.events import Event, Log, ignore, legible
-from xdonnx.fidelity import compare, fixed_batch
-from xdonnx.gate import heavy_loss, of_a_job
+from xdonnx.errors import NothingToDo, ShotsError
+from xdonnx.events import Event, Log, ignore
+from xdonnx.fidelity import fixed_batch
 from xdonnx.graph import Net, read_net
 from xdonnx.journal import Journal, open_journal
 from xdonnx.machine import machines_fault
 from xdonnx.methods.layerwise import Bench, Outcome
-from xdonnx.model import add_metadata, fingerprint, interface, read_proto, sized, write_proto
+from xdonnx.model import add_metadata, fingerprint, interface, read_proto, sized
 from xdonnx.patch import Patch, cut, masked
-from xdonnx.paths import check_student, partial_folder, rejected_path
+from xdonnx.paths import check_student, partial_folder
 from xdonnx.planfile import plan_of
 from xdonnx.pool import Pool
 from xdonnx.preprocessing import check_samples
-from xdonnx.report import Fidelity, LayerResult, Memory, Report, tool
-from xdonnx.resuming import identity, keeping, recalled_curves, staged
+from xdonnx.report import Memory, Report
+from xdonnx.resuming import identity, keeping, recalled_curves, recalled_plan, staged
 from xdonnx.room import allowance
 from xdonnx.runtime import open_session
-from xdonnx.samples import Request, apart, fraction
+from xdonnx.samples import Request, apart
 from xdonnx.sheet import PoolSheet
 from xdonnx.shelf import Room
 from xdonnx.shots import Shots, Unread
-from xdonnx.verification import check_asked, check_interface, file_facts, verify
+from xdonnx.sizing import Scales
+from xdonnx.tables import stopwatch
+from xdonnx.targets import Means, first_plan, met
+from xdonnx.tries import TRIES, Try, halve
+from xdonnx.verification import check_asked, check_interface
 from xdonnx.walk import affordable, chunked
 from xdonnx.wanted import Job as Job
-
-# Of the intervals in the report, where no gate asks for another.
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,18 @@ class Prepared:
     plan: Plan
     device: str
     pool: Shots | Unread | None = None
+    tries: tuple[Try, ...] = ()
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What the work on a job needs besides what was read: see `Bench`."""
+
+    program: Program
+    room: Room
+    journal: Journal
+    pool: Pool | None
+    command: str
 
 
 def run(job: Job, log: Log = ignore, *, command: str = "", asked: Request | None = None) -> Report:
@@ -85,54 +95,109 @@ def run(job: Job, log: Log = ignore, *, command: str = "", asked: Request | None
     XdonnxError
         Nothing was written.
     """
-    started, warnings = datetime.now().astimezone(), []
-
-    def note(event: Event) -> None:
-        if event.level == "warning":
-            warnings.append(event.text)
-        log(event)
-
+    started = datetime.now().astimezone()
+    heard: list[str] = []
+    note = hearing(log, heard)
     try:
         ready = prepared(job, note, asked=asked)
         journal = open_journal(partial_folder(job.out), identity(job, ready.fit, ready.device), note, resume=job.resume)
         with keeping(journal):
             allowed = allowance(ready.net, ready.fit.inputs, ready.device, job.memory, note)
             pool, sheet = pooled(job, ready, note)
-            student, layers = made(job, ready, pool, journal, allowed.room, note)
+            shop = Workshop(opened(ready, note), allowed.room, journal, pool, command)
+            judged, tries = _smallest(job, ready, shop, note) if job.smallest else _aimed(job, ready, shop, note)
+            report = delivered(job, len(ready.fit), judged, tries, heard, started)
             used = Memory(limit=allowed.limit, peak=allowed.peak(), spilled=allowed.room.spilled)
-            report = _judge_and_write(job, ready, student, layers, tuple(warnings), started, command, log)
             return report.model_copy(update={"memory": used, "pool": sheet})
     except (MemoryError, RuntimeError, OSError) as error:
         fault = machines_fault(error)
         if fault is None:
             raise
-        for note_ in getattr(error, "__notes__", ()):
-            fault.add_note(note_)
+        for line in getattr(error, "__notes__", ()):
+            fault.add_note(line)
         raise fault from error
 
 
-def made(
-    job: Job, ready: Prepared, pool: Pool | None, journal: Journal, room: Room, log: Log = ignore
-) -> tuple[onnx.ModelProto, list[LayerResult]]:
-    """Return the student, cut and checked against its masked teacher, and what became of each layer."""
+def _aimed(job: Job, ready: Prepared, shop: Workshop, log: Log) -> tuple[Judged, tuple[Try, ...]]:
+    """Return the student that meets the target, and what was tried to find its plan."""
+
+    def planning() -> tuple[Plan, tuple[Try, ...]]:
+        found = planned(job, ready, shop.program, log, _curves(job, ready, shop, log))
+        return found.plan, found.tries
+
+    # Of a plan that rests on measured times a second measurement would make another.
+    plan, tries = recalled_plan(shop.journal, planning)
+    return _made(job, replace(ready, plan=plan, tries=tries), shop, log), tries
+
+
+def _curves(job: Job, ready: Prepared, shop: Workshop, log: Log) -> tuple[Curve, ...] | None:
+    if not job.measured():
+        return None
+    return recalled_curves(shop.journal, lambda: curves(job, ready, shop.program, log, shop.room))
+
+
+def _made(job: Job, ready: Prepared, shop: Workshop, log: Log) -> Judged:
+    """Fit the student of a plan, cut it, and judge it."""
+    heard: list[str] = []
+    note = hearing(log, heard)
     net, fit = ready.net, ready.fit
-    methods = job.methods()
-    program = opened(ready, log)
-    plan = planned(job, ready, program, log, room, journal)
-    bench = Bench(program, torch.Generator().manual_seed(job.seed), log, room, pool=pool)
+    bench = Bench(shop.program, torch.Generator().manual_seed(job.seed), note, shop.room, pool=shop.pool)
     outcome = Outcome(Patch())
-    for at, method in enumerate(methods):
-        found = staged(at, method, net, outcome.patch, fit, plan, bench, journal)
+    for at, method in enumerate(job.methods()):
+        found = staged(at, method, net, outcome.patch, fit, ready.plan, bench, shop.journal)
         outcome = Outcome(found.patch, (*outcome.traces, *found.traces))
-    log(Event("cut", "Cut the graph"))
+    note(Event("cut", "Cut the graph"))
     student = cut(net, outcome.patch)
     check_interface(net.source, student)
     first = chunked(net, fit.inputs, most=4)[0]
     check_same(masked(net, outcome.patch), student, first)
     if job.structure != "channel":
-        keep_sparse(student, first, log)
-    _stamp(student, job, net)
-    return student, layer_results(net, outcome, job.structure, residual=job.residual or job.plan is not None)
+        keep_sparse(student, first, note)
+    stamp(student, job)
+    layers = layer_results(net, outcome, job.structure, residual=job.residual or job.plan is not None)
+    return judged(job, fit, ready.held_out, ready.device, student, layers, heard, shop.command, log)
+
+
+def _smallest(job: Job, ready: Prepared, shop: Workshop, log: Log) -> tuple[Judged, tuple[Try, ...]]:
+    """Return the student of the smallest share that passes, and all that was tried; where none does, the mildest."""
+    measured = _curves(job, ready, shop, log)
+    whole = macs(ready.net, pretend(ready.net, {}))
+    # Students are large: held are the smallest that passed, and of those that did not the one that keeps most.
+    held: dict[bool, tuple[float, Judged]] = {}
+    tries: dict[float, Try] = {}
+
+    def plan(share: float) -> Plan:
+        return _met(job.at(share), ready, measured, log)[0]
+
+    def faithful(share: float, plan: Plan) -> bool:
+        its = job.at(share)
+        quiet: Log = lambda event: log(replace(event, level="info"))  # noqa: E731
+        own = replace(shop, journal=shop.journal.under(f"{share:g}"))
+        found = _made(its, replace(ready, plan=plan), own, quiet)
+        report = found.report
+        broken = {gate.name for gate in report.gates if gate.level == "fail" and not gate.passed}
+        passed = report.exit_code == 0
+        if passed not in held or (share < held[passed][0]) == passed:
+            held[passed] = share, found
+        fidelity = report.fidelity
+        tries[share] = Try(
+            asked=f"{its.target().split()[1]} {100 * share:g}%",
+            macs=macs(ready.net, pretend(ready.net, plan.channels)) / max(whole, 1),
+            drop=fidelity.drop.value if fidelity and fidelity.drop else None,
+            error=worst_error(fidelity),
+            passed=passed,
+        )
+        word = "passed" if passed else "failed"
+        log(Event("smallest", f"{tries[share].asked}: {word}", done=len(tries), total=TRIES))
+        # The other limits are kept by removing more.
+        return not broken & {"max_drop", "max_error"}
+
+    halve(plan, faithful, floor(ready.net, job.at(0.5).budget()))
+    if not held:
+        raise NothingToDo("no share of the network may go.\n  See what may: xdonnx inspect.")
+    share, chosen = held[True] if True in held else held[False]
+    tries[share] = tries[share].model_copy(update={"chosen": True})
+    return chosen, tuple(tries.values())
 
 
 def pooled(job: Job, ready: Prepared, log: Log = ignore) -> tuple[Pool, PoolSheet] | tuple[None, None]:
@@ -161,22 +226,45 @@ def curves(
 
 
 def planned(
-    job: Job,
-    ready: Prepared,
-    program: Program,
-    log: Log = ignore,
-    room: Room | None = None,
-    journal: Journal | None = None,
-) -> Plan:
-    """Return how many units stay where: the same fraction everywhere, or as error curves or a plan's file say."""
-    if not job.measured():
-        return ready.plan
+    job: Job, ready: Prepared, program: Program, log: Log = ignore, measured: Sequence[Curve] | None = None
+) -> Prepared:
+    """Return the job with how many units stay where, and what was tried to find that.
 
-    def measured() -> tuple[Curve, ...]:
-        return curves(job, ready, program, log, room)
+    Parameters
+    ----------
+    job : Job
+        With `smallest` the first of its tries.
+    ready : Prepared
+    program : Program
+    log : callable
+    measured : sequence of Curve, optional
+        The error curves, where they are known already and the job splits by them.
 
-    found = recalled_curves(journal, measured) if journal else measured()
-    return allocate(ready.net, found, job.budget())
+    Raises
+    ------
+    NothingToDo
+        The target is out of reach.
+    """
+    if job.smallest:
+        job = job.at((1 + floor(ready.net, job.at(0.5).budget())) / 2)
+    elif not job.measured() and job.budget().kind not in MEASURED:
+        return ready
+    if job.measured() and measured is None:
+        measured = curves(job, ready, program, log)
+    plan, tries = _met(job, ready, measured if job.measured() else None, log)
+    return replace(ready, plan=plan, tries=tries)
+
+
+def _met(job: Job, ready: Prepared, measured: Sequence[Curve] | None, log: Log) -> tuple[Plan, tuple[Try, ...]]:
+    net, inputs = ready.net, ready.fit.inputs
+
+    def stamped(student: onnx.ModelProto) -> None:
+        stamp(student, job)
+        add_metadata(student, dict.fromkeys(WORTH, "-1.23457e-100"))  # as long as any
+
+    scales = Scales(net, chunked(net, inputs, most=4)[0], stamped, job.out.name, job.external_data)
+    means = Means(job.model, chunked(net, inputs, most=1)[0], stopwatch(ready.device), scales)
+    return met(net, job.budget(), measured, means, log)
 
 
 def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request | None = None) -> Prepared:
@@ -220,7 +308,7 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request
     sizes = {**{name: array.shape for name, array in fit.inputs.items()}, **job.input_shape}
     pool = asked.read_pool(sized(ports, {name: array.shape for name, array in fit.inputs.items()}), log)
     net = read_net(proto, sizes)
-    plan = plan_of(job.plan, net, fingerprint(job.model)) if job.plan else make_plan(net, budget)
+    plan = plan_of(job.plan, net, fingerprint(job.model)) if job.plan else first_plan(net, budget)
     batch = fixed_batch(ports, fit) or 1
     for part, does in ((fit, "fit"), (held_out, "judge")):
         if len(part) < batch:
@@ -231,84 +319,3 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request
     # All of them, not only those drawn: one label beyond the classes means that they are numbered otherwise.
     check_asked(session, fit, job.gate, [part.labels for part in (whole, held) if not isinstance(part, float)])
     return Prepared(net, fit, held_out, plan, device, pool)
-
-
-def _stamp(student: onnx.ModelProto, job: Job, net: Net) -> None:
-    """Write into the model where it comes from."""
-    facts = {
-        "version": tool().version,
-        "teacher_sha256": fingerprint(job.model),
-        "method": "+".join(job.method),
-        "target": job.target(),
-    }
-    add_metadata(student, facts)
-
-
-def _judge_and_write(
-    job: Job,
-    ready: Prepared,
-    student: onnx.ModelProto,
-    layers: list[LayerResult],
-    warnings: tuple[str, ...],
-    started: datetime,
-    command: str,
-    log: Log,
-) -> Report:
-    with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=f".{legible(job.out.name)}.") as folder:
-        candidate = Path(folder) / job.out.name
-        write_proto(student, candidate, external=job.external_data)
-        heard: list[str] = []
-
-        def note(event: Event) -> None:
-            if event.level == "warning":
-                heard.append(event.text)
-            log(event)
-
-        held_out = fraction(job.holdout) != 0.0
-        how: dict[str, Any] = {"device": ready.device, "held_out": held_out, "log": note}
-        fidelity = compare(
-            job.model,
-            candidate,
-            ready.held_out,
-            generator=np.random.default_rng(job.seed),
-            confidence=job.gate.confidence or CONFIDENCE,
-            **how,
-        )
-        # Stamped with what it was found to be worth, so that the file judged is to the byte the file delivered.
-        add_metadata(student, _worth(fidelity))
-        write_proto(student, candidate, external=job.external_data)
-        report = verify(
-            job.model,
-            candidate,
-            ready.held_out,
-            of_a_job(job.gate, job.structure),
-            seed=job.seed,
-            command=command,
-            job=job.model_dump(),
-            fitted=ready.fit if held_out else None,
-            shots_path=", ".join(job.shots) or "synthetic",
-            known=fidelity,
-            **how,
-        )
-        if report.exit_code not in (0, 3):
-            raise VerifyError("; ".join(report.reasons))
-        out = job.out if report.exit_code == 0 else rejected_path(job.out)
-        write_proto(student, out, external=job.external_data)
-    written = file_facts(out)
-    loss = heavy_loss(report.fidelity, [result.name for result in report.gates])
-    return report.model_copy(
-        update={
-            "files": report.files.model_copy(update={"student": written}),
-            "layers": tuple(layers),
-            "fit_samples": len(ready.fit),
-            "warnings": tuple(dict.fromkeys((*loss, *warnings, *heard, *report.warnings))),
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round((datetime.now().astimezone() - started).total_seconds(), 3),
-        }
-    )
-
-
-def _worth(fidelity: Fidelity) -> dict[str, str]:
-    worst = max((o.relative_l2 for o in fidelity.outputs if o.relative_l2 is not None), default=None)
-    facts = {"held_out_agreement": fidelity.top1_agreement, "held_out_relative_l2": worst}
-    return {key: f"{value:.6g}" for key, value in facts.items() if value is not None}

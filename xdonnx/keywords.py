@@ -95,6 +95,11 @@ class CompressOptions(SharedOptions, total=False):
     ----------
     macs, params : float
         Of the teacher's, at most; one target. Default: macs=0.5.
+    size, latency : float or str
+        Of the student's file and of its median run in onnxruntime: shares of the teacher's, or amounts such as '10MB'
+        and '5ms'; other targets.
+    smallest : bool
+        As few MACs as the gate allows; another target.
     keep : float
         Units kept in each layer that may lose some; another target.
     plan : path
@@ -131,6 +136,9 @@ class CompressOptions(SharedOptions, total=False):
 
     macs: float
     params: float
+    size: float | str
+    latency: float | str
+    smallest: bool
     keep: float
     plan: Place
     structure: str

@@ -102,7 +102,7 @@ def read_proto(path: str | Path) -> onnx.ModelProto:
         if by_path:
             onnx.checker.check_model(str(path), full_check=False)
         onnx.load_external_data_for_model(proto, str(path.parent))
-        if not by_path and not _too_large(proto):
+        if not by_path and not too_large(proto):
             onnx.checker.check_model(proto, full_check=False)
     except onnx.checker.ValidationError as error:
         raise ModelError(f"'{path}' is not a valid ONNX model.\n  {_first_line(error)}") from error
@@ -281,12 +281,12 @@ def write_proto(proto: onnx.ModelProto, path: str | Path, *, external: str = "au
         The weights were to stay inside, but the file would pass the limit; or they cannot lie outside.
     """
     path = Path(path)
-    too_large = _too_large(proto)
-    if external == "never" and too_large:
+    large = too_large(proto)
+    if external == "never" and large:
         raise JobError(
             f"'{path}' would pass protobuf's limit of 2 GiB.\n  Let the weights lie beside it: --external-data auto."
         )
-    outside = external == "always" or (external == "auto" and too_large)
+    outside = external == "always" or (external == "auto" and large)
     if outside:
         check_beside(path)
     # Of a name that is not UTF-8 onnx makes no weights, and no folder of it.
@@ -382,7 +382,8 @@ def _densify(proto: onnx.ModelProto) -> None:
     del proto.graph.sparse_initializer[:]
 
 
-def _too_large(proto: onnx.ModelProto) -> bool:
+def too_large(proto: onnx.ModelProto) -> bool:
+    """Whether a model passes protobuf's limit, so that its weights have to lie beside it."""
     try:
         return bool(proto.ByteSize() > PROTOBUF_LIMIT)
     except EncodeError:  # past the limit even the size cannot be asked for

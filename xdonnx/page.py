@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from xdonnx.figures import amount
-from xdonnx.plot import error_text, plot
+from xdonnx.plot import curve, error_text, plot
 from xdonnx.report import (
     AT_LEAST,
     GateResult,
@@ -26,6 +26,7 @@ from xdonnx.report import (
     preset_of,
 )
 from xdonnx.sheet import PoolSheet
+from xdonnx.tries import tried
 
 _TEMPLATES = Path(__file__).parent / "templates"
 # Rows of outputs; a detector with forty of them says enough with the worst.
@@ -57,6 +58,8 @@ def page(report: Report) -> str:
         samples=_samples(report),
         layers=[_layer(layer) for layer in report.layers],
         plot=plot(report.layers) if report.layers else None,
+        tries=tried(report.tries),
+        curve=curve(report.tries),
         worst=[_shot(shot) for shot in report.fidelity.worst] if report.fidelity else [],
         pool=_pool(report.pool) if report.pool else None,
         whole=list(whole.items()),

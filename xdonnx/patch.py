@@ -110,6 +110,13 @@ def cut(net: Net, patch: Patch) -> onnx.ModelProto:
     return ir.to_proto(model)
 
 
+def entry_bytes(array: np.ndarray, entries: int) -> int:
+    """Return what an initializer costs in the file with so many entries that are not zero, by what pays: see below."""
+    if array.dtype != np.float32 or array.ndim < 2 or not entries:
+        return array.nbytes
+    return min(entries * 12 + 64, array.nbytes)
+
+
 def store_sparse(proto: onnx.ModelProto) -> int:
     """Move initializers into `sparse_initializer` where that makes the file smaller; returns how many moved.
 
@@ -124,7 +131,7 @@ def store_sparse(proto: onnx.ModelProto) -> int:
             continue
         array = numpy_helper.to_array(tensor)
         where = np.flatnonzero(array)
-        if array.ndim < 2 or not len(where) or len(where) * 12 + 64 >= array.nbytes:
+        if entry_bytes(array, len(where)) == array.nbytes:
             dense.append(tensor)
             continue
         values = numpy_helper.from_array(array.reshape(-1)[where], tensor.name)

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from xdonnx.report import LayerResult
+from xdonnx.tries import Try
 
 # Of the two panels, in pixels; the lower one is left out where no error is known.
 _TOP, _TALL, _LOW, _DEEP = 22, 84, 140, 120
+# How wide the curve of what was tried is.
+_WIDE = 360
 # Errors span decades; so many are shown at most.
 _DECADES = 5
 
@@ -44,6 +47,37 @@ def plot(layers: Sequence[LayerResult]) -> dict[str, Any]:
 def error_text(share: float | None) -> str:
     """Return an error as people read it, in per cent of the teacher's energy."""
     return "" if share is None else f"{100 * share:.3g} %"
+
+
+def curve(tries: Sequence[Try]) -> dict[str, Any] | None:
+    """Return the places of what was tried: MACs to the right, what was found upwards; None where there is no curve."""
+    units = {"latency": "latency, % of the teacher's", "drop": "points lost", "error": "relative L2"}
+    name = next((name for name in units if any(getattr(one, name) is not None for one in tries)), "error")
+    known = [(one, one.macs, getattr(one, name)) for one in tries if one.macs is not None]
+    known = [point for point in known if point[2] is not None]
+    if len(known) < 2:
+        return None
+    unit = units[name]
+    times = 100 if name == "latency" else 1
+    high = max(max(0.0, value) for *_, value in known) or 1.0
+    low = min(0.0, *(value for *_, value in known))
+    places = [
+        {
+            "x": round(_WIDE * share, 2),
+            "y": round(_TOP + _TALL * (high - value) / (high - low), 2),
+            "title": f"{one.asked}: {100 * share:.1f} % of the MACs, {times * value:.3g} {unit}",
+            "passed": one.passed,
+            "chosen": one.chosen,
+        }
+        for one, share, value in sorted(known, key=lambda point: point[1])
+    ]
+    return {
+        "unit": unit,
+        "high": f"{times * high:.3g}",
+        "low": f"{times * low:.3g}",
+        "line": " ".join(f"{place['x']},{place['y']}" for place in places),
+        "points": places,
+    }
 
 
 def _bar(layer: LayerResult, x: float, low: int, high: int) -> dict[str, Any]:

@@ -17,10 +17,13 @@ from pydantic_core import to_jsonable_python
 
 from xdonnx.errors import JobError
 from xdonnx.events import legible
-from xdonnx.sheet import STRICT, PoolSheet
+from xdonnx.sheet import PoolSheet
+from xdonnx.strict import STRICT
+from xdonnx.tries import Try
 
-# 1.1 has the worst shots and the pool, and says which outputs were not compared.
-SCHEMA_VERSION = "1.1"
+# 1.1 has the worst shots, and says which outputs were not compared. 1.2 has the pool, the memory taken, and what was
+# tried on the way.
+SCHEMA_VERSION = "1.2"
 
 # The unit of a gate and the decimals in which it is shown, where these suffice to see whether the limit was kept.
 UNITS = {"points": 2, "relative L2": 6, "fraction": 4, "ratio": 3, "bytes": 0, "weights": 0}
@@ -255,6 +258,9 @@ class Report(BaseModel):
     memory: Memory | None = None
     fit_samples: int | None = Field(None, description="samples that fitted the student; None for two given files")
     pool: PoolSheet | None = None
+    tries: tuple[Try, ...] = Field(
+        default=(), description="what was tried to meet a latency, or the gate with --smallest"
+    )
 
 
 def plain(value: Any) -> Any:

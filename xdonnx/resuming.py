@@ -21,6 +21,7 @@ from xdonnx.model import fingerprint, model_files
 from xdonnx.patch import Patch
 from xdonnx.report import plain, tool
 from xdonnx.shots import Shots
+from xdonnx.tries import Try
 from xdonnx.verification import shots_facts
 from xdonnx.wanted import Job
 
@@ -94,3 +95,18 @@ def recalled_curves(journal: Journal, measured: Callable[[], tuple[Curve, ...]])
     found = measured()
     journal.keep("curves", Entry(facts={"curves": [[curve.group, curve.points] for curve in found]}))
     return found
+
+
+def recalled_plan(journal: Journal, made: Callable[[], tuple[Plan, tuple[Try, ...]]]) -> tuple[Plan, tuple[Try, ...]]:
+    """Return the plan and what was tried for it: as an earlier run found them, or anew."""
+    known = journal.entry("plan")
+    if known:
+        facts = known.facts
+        channels = {int(group): int(kept) for group, kept in facts["channels"]}
+        plan = Plan(facts["structure"], channels, facts["weights"], tuple(facts["layers"]))
+        return plan, tuple(Try.model_validate(one) for one in facts["tries"])
+    plan, tries = made()
+    facts = {"structure": plan.structure, "channels": sorted(plan.channels.items()), "weights": dict(plan.weights)}
+    facts |= {"layers": list(plan.layers), "tries": [one.model_dump(mode="json") for one in tries]}
+    journal.keep("plan", Entry(facts=facts))
+    return plan, tries

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-# A report is written whole or not at all: a key that is not in the schema, or a number that JSON cannot hold,
-# is our mistake. Readers of the schema must live with keys to come, so it does not forbid them.
-STRICT = ConfigDict(
-    frozen=True,
-    extra="forbid",
-    allow_inf_nan=False,
-    json_schema_extra=lambda schema: schema.pop("additionalProperties", None),
-)
+from xdonnx.strict import STRICT
 
 
 class PoolImage(BaseModel):

@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 
 from xdonnx.report import LayerResult, Report, gate_figures, judged_by
+from xdonnx.tries import tried
 
 # What means something to Markdown inside a line, or opens HTML. An underscore within a word does not.
 _MARKS = re.compile(r"[\\|<>&`*\[\]~]|(?<![^\W_])_|_(?![^\W_])")
 
+_LINES = 60
 _CLOSER = "remove less, give more samples, or try --preset-effort best"
 _QUICKER = "time both again where nothing else runs: xdonnx bench; --round-to 8 keeps widths that are fast"
 # What to try where a limit was broken.
@@ -44,7 +46,17 @@ def summary(report: Report) -> str:
     if report.warnings:
         lines += ["Warnings:", "", *_bullets(report.warnings, 8)]
     command = _clip(report.command, 1000)
-    return "\n".join([*lines, *(["```", command, "```"] if command else [])]) + "\n"
+    end = ["```", command, "```"] if command else []
+    return "\n".join([*lines, *_tries(report, _LINES - len(lines) - len(end)), *end]) + "\n"
+
+
+def _tries(report: Report, room: int) -> list[str]:
+    """List what was tried, as far as there is room; what was taken in any case, as it comes first."""
+    rows = sorted(zip(report.tries, tried(report.tries), strict=True), key=lambda row: not row[0].chosen)
+    if not rows or room < 4:
+        return []
+    lines = [_row(*cells) for _, cells in rows[: room - 3]]
+    return ["| tried | MACs | found | |", "|---|---|---|---|", *lines, ""]
 
 
 def _models(report: Report) -> str:

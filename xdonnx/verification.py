@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -239,11 +239,13 @@ def turns(
     repeats: int = 200,
     seconds: float = 2.0,
     warm_up: float | None = None,
+    timer: Callable[[], float] = time.perf_counter,
     log: Log = ignore,
 ) -> tuple[Array, list[str]]:
     """Return the milliseconds of every run, (runs, models), and the provider of each model.
 
-    Parameters are those of :func:`latency`; `warm_up` is in seconds, by default a tenth of `seconds`.
+    Parameters are those of :func:`latency`; `warm_up` is in seconds, by default a tenth of `seconds`, and so is what
+    `timer` tells, by default the time of the day.
     """
     sessions = [open_session(model, device=device, threads=threads, spin=False) for model in models]
     pairs = list(zip(sessions, feeds, strict=True))
@@ -258,9 +260,9 @@ def turns(
     while len(times) < repeats and (len(times) < _FEWEST_RUNS or time.perf_counter() - clock < seconds):
         turn = []
         for session, feed in pairs:
-            start = time.perf_counter()
+            start = timer()
             session.run(None, feed)
-            turn.append(1000 * (time.perf_counter() - start))
+            turn.append(1000 * (timer() - start))
         times.append(turn)
         log(Event("latency", done=len(times), total=repeats))
     return np.array(times), [session.get_providers()[0] for session in sessions]

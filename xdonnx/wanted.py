@@ -7,8 +7,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from xdonnx.amounts import Amount, amount_of, settled
 from xdonnx.budget import KINDS, Budget, pattern_of
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.gate import Gate
@@ -46,6 +55,9 @@ class Job(BaseModel):
     keep: float | None = None
     macs: float | None = None
     params: float | None = None
+    size: float | str | None = None
+    latency: float | str | None = None
+    smallest: bool = False
     plan: Path | None = None
     structure: str = "channel"
     include: tuple[str, ...] = ()
@@ -89,6 +101,11 @@ class Job(BaseModel):
     def _bytes(cls, given: Any) -> Any:
         return given if given is None else parsed_bytes(given)
 
+    @field_validator("size", "latency", mode="before")
+    @classmethod
+    def _amount(cls, given: Any, info: ValidationInfo) -> Any:
+        return given if given is None else settled(given, str(info.field_name))
+
     @model_validator(mode="wrap")
     @classmethod
     def _checked(cls, given: Any, handler: Any) -> Any:
@@ -107,8 +124,12 @@ class Job(BaseModel):
             raise mistake(error, cls.model_fields) from None
 
     def budget(self) -> Budget:
-        """Return the target, of kind 'plan' where a file says what stays; raises JobError when several are given."""
+        """Return the target, of kind 'plan' where a file says what stays and 'smallest' where the gate does.
+
+        Raises JobError when several are given.
+        """
         given = {kind: getattr(self, kind) for kind in (*KINDS, "plan") if getattr(self, kind) is not None}
+        given |= {"smallest": 1.0} if self.smallest else {}
         if len(given) > 1:
             flags = " and ".join(f"--{kind}" for kind in given)
             raise JobError(f"{flags} are both given.\n  Give one target.")
@@ -126,8 +147,18 @@ class Job(BaseModel):
             )
         if not given and not pattern and self.structure != "channel":
             raise JobError(f"--structure {self.structure} needs a target.\n  Pass --keep 0.1 or --params 30%.")
+        if self.latency is not None and self.structure != "channel":
+            raise JobError(
+                f"--latency does not go with --structure {self.structure}: zero weights are multiplied all the same.\n"
+                "  Use --keep, --params or --size, or --structure channel."
+            )
         kind, amount = next(iter(given.items())) if given else (("keep", 0.5) if pattern else DEFAULT_TARGET)
-        return Budget(kind, amount, self.structure, self.include, self.exclude, self.round_to, self.residual)
+        if self.smallest:
+            check_smallest(self.gate)
+        found = amount_of(amount, kind) if kind in ("size", "latency") else Amount(amount)
+        return Budget(
+            kind, found.number, self.structure, self.include, self.exclude, self.round_to, self.residual, found.unit
+        )
 
     def asked(self) -> Request:
         """Return which samples are wanted."""
@@ -136,18 +167,25 @@ class Job(BaseModel):
     def target(self) -> str:
         """Return the target in a few words."""
         budget = self.budget()
-        return f"{budget.structure} " + (f"plan {self.plan.name}" if self.plan else f"{budget.kind} {budget.amount:g}")
+        if self.plan is not None:
+            return f"{budget.structure} plan {self.plan.name}"
+        amount = getattr(self, budget.kind) if budget.unit else f"{budget.amount:g}"
+        return f"{budget.structure} {budget.kind}" + ("" if self.smallest else f" {amount}")
+
+    def at(self, share: float) -> Job:
+        """Return the job that asks for this share outright: one of those that `smallest` tries."""
+        return self.model_copy(update={"smallest": False, "macs" if self.structure == "channel" else "params": share})
 
     def measured(self) -> bool:
         """Whether error curves decide how much each layer loses; raises JobError where they cannot."""
         if self.allocation not in ALLOCATIONS:
             near = did_you_mean(self.allocation, ALLOCATIONS)
             raise JobError(f"unknown --allocation '{self.allocation}'.{near}\n  Choices: {', '.join(ALLOCATIONS)}.")
-        fits = self.structure == "channel" and self.budget().kind in ("macs", "params")
+        fits = self.structure == "channel" and self.budget().kind not in ("keep", "plan")
         if self.allocation == "measured" and not fits:
             raise JobError(
                 "--allocation measured splits a target over the whole network between channels.\n"
-                "  Pass --macs or --params with --structure channel, or leave --allocation out."
+                "  Pass --macs, --params, --size, --latency or --smallest with --structure channel, or leave it out."
             )
         asked = self.allocation == "measured"
         return fits and (asked or (self.allocation == "auto" and self.preset_effort not in ("fast", "paper")))
@@ -183,3 +221,18 @@ class Job(BaseModel):
         for method in made:
             method.check(self.structure)
         return made
+
+
+def check_smallest(gate: Gate) -> None:
+    """Raise JobError unless a gate says how bad a student may be: nothing else ends the way down."""
+    limits = [name for name in ("max_drop", "max_error") if getattr(gate, name) is not None]
+    if not limits:
+        raise JobError(
+            "--smallest goes as far as the gate allows, and no gate says how bad the student may be.\n"
+            "  Pass --max-drop 1, or --max-error 0.1 for models that do not classify."
+        )
+    if all(name in gate.warn_only for name in limits):
+        raise JobError(
+            f"--smallest needs a gate that fails, and --warn-only lifts {limits[0].replace('_', '-')}.\n"
+            "  Leave --warn-only out."
+        )

@@ -113,7 +113,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (7, same("compress", TEACHER, *SHOTS, "--macs", "0.1%", "-o", "student.onnx"), "reach"),
         (8, same(*VERIFY, "--device", "cuda:9"), "xdonnx doctor"),
         (8, same(*JOB, "--device", "cuda:9"), "cuda:9"),
-        (8, raises("xdonnx.job.write_proto", FULL, JOB), "the disk is full"),
+        (8, raises("xdonnx.delivery.write_proto", FULL, JOB), "the disk is full"),
         (8, raises("os.replace", FULL, JOB), "No space left"),
         (8, raises("xdonnx.verification.compare", MemoryError("planted")), "out of memory"),
         (130, raises("xdonnx.verification.compare", KeyboardInterrupt()), "interrupted"),

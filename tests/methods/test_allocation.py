@@ -169,7 +169,8 @@ def total(curves: list[Curve], channels: Mapping[int, int]) -> float:
 
 def best(curves: list[Curve], budget: Budget) -> float:
     """Return the least sum of errors within the target, of all splits there are."""
-    cost, limit = target(NET, budget)
+    goal = target(NET, budget)
+    cost, limit = goal.cost, goal.limit
     splits = (dict(enumerate(kept)) for kept in itertools.product(range(1, 9), repeat=3))
     return min(total(curves, split) for split in splits if cost(split) <= limit)
 
@@ -182,7 +183,8 @@ def test_the_split_of_convex_curves_is_the_best_there_is(kind: str, amount: floa
     curves = [convex(at, [scale * 2.0**step for step in range(7)]) for at, scale in enumerate((1e-4, 1e-2, 1e-3))]
     budget = Budget(kind, amount, round_to=1)
     plan = allocate(NET, curves, budget)
-    cost, limit = target(NET, budget)
+    goal = target(NET, budget)
+    cost, limit = goal.cost, goal.limit
     assert cost(plan.channels) <= limit
     assert total(curves, plan.channels) == pytest.approx(best(curves, budget))
     assert plan.channels.get(0, 8) < plan.channels.get(1, 8), "the cheap layer loses more than the dear one"
@@ -193,7 +195,8 @@ def test_no_split_exceeds_its_target_or_is_worse_than_the_same_fraction_everywhe
     draw = np.random.default_rng(seed)
     curves = [convex(at, np.sort(draw.exponential(size=7) ** 2).tolist()) for at in range(3)]
     budget = Budget(["macs", "params"][seed % 2], float(draw.uniform(0.2, 0.8)), round_to=1)
-    cost, limit = target(NET, budget)
+    goal = target(NET, budget)
+    cost, limit = goal.cost, goal.limit
     plan = allocate(NET, curves, budget)
     assert cost(plan.channels) <= limit
     assert total(curves, plan.channels) <= total(curves, make_plan(NET, budget).channels)
@@ -227,7 +230,8 @@ def test_rounding_is_obeyed(rounding: int | None, allowed: set[int]) -> None:
 def test_what_an_even_split_reaches_a_measured_one_reaches_too() -> None:
     """Curves end at an eighth of the channels; the target may ask for less than that."""
     short = [Curve(at, ((8, 0.0), (4, 0.1), (2, 0.3))) for at in range(3)]
-    cost, limit = target(NET, (budget := Budget("macs", 0.07, round_to=1)))
+    goal = target(NET, (budget := Budget("macs", 0.07, round_to=1)))
+    cost, limit = goal.cost, goal.limit
     assert isinstance(make_plan(NET, budget), Plan)
     plan = allocate(NET, short, budget)
     assert cost(plan.channels) <= limit and min(plan.channels.values()) == 1

@@ -15,9 +15,11 @@ from xdonnx.errors import JobError, ShotsError, VerifyError
 from xdonnx.events import Event
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
-from xdonnx.job import Job, rejected_path, run
+from xdonnx.job import run
 from xdonnx.model import file_bytes, fingerprint, interface, read_proto
+from xdonnx.paths import rejected_path
 from xdonnx.runtime import answer, open_session
+from xdonnx.wanted import Job
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 TEACHERS = ["digits_vgg", "digits_residual", "digits_mobile"]

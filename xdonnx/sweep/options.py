@@ -36,7 +36,7 @@ _HINTS: dict[str, Any] = {
     **get_type_hints(Gate),
 }
 # What may be given as 50%; of these a point is not a hundredth.
-_SHARES = ("macs", "params", "keep", "min_shrink", "confidence", "holdout", "max_drop")
+_SHARES = ("macs", "params", "size", "latency", "keep", "min_shrink", "confidence", "holdout", "max_drop")
 
 
 def checked(given: Mapping[str, Any], where: str, home: Path, keys: tuple[str, ...] = OPTIONS) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def label(options: Mapping[str, Any]) -> str:
         key = name.replace("_", "-")
         if value is True:
             words.append(key)
-        elif name in ("macs", "params", "keep") and isinstance(value, float):
+        elif name in ("macs", "params", "size", "latency", "keep") and isinstance(value, float):
             words.append(f"{key} {100 * value:g}%")
         else:
             words.append(f"{key} {told(value)}")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from xdonnx.errors import MachineError
 from xdonnx.report import FileInfo, Tool
-from xdonnx.sheet import STRICT
+from xdonnx.strict import STRICT
 from xdonnx.sweep.front import COSTS, QUALITIES, Point, Spread
 from xdonnx.sweep.options import told
 from xdonnx.sweep.records import Record

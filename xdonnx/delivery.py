@@ -1,0 +1,146 @@
+"""A student's last steps: stamped, written beside its place, judged there, and put in place or aside."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from xdonnx.errors import VerifyError
+from xdonnx.events import Event, Log, legible
+from xdonnx.fidelity import compare
+from xdonnx.gate import heavy_loss, of_a_job
+from xdonnx.model import add_metadata, file_bytes, fingerprint, write_proto
+from xdonnx.paths import rejected_path
+from xdonnx.report import Fidelity, LayerResult, Report, plain, tool
+from xdonnx.samples import fraction
+from xdonnx.shots import Shots
+from xdonnx.targets import limit_of
+from xdonnx.tries import Try
+from xdonnx.verification import file_facts, verify
+from xdonnx.wanted import Job
+
+# Of the intervals in the report, where no gate asks for another.
+CONFIDENCE = 0.95
+# What a file says of its own worth.
+WORTH = ("held_out_agreement", "held_out_relative_l2")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A student that is whole but not yet in place, and its report."""
+
+    student: onnx.ModelProto
+    report: Report
+
+
+def hearing(log: Log, heard: list[str]) -> Log:
+    """Pass events on, and keep the text of those that warn."""
+
+    def note(event: Event) -> None:
+        if event.level == "warning":
+            heard.append(event.text)
+        log(event)
+
+    return note
+
+
+def stamp(student: onnx.ModelProto, job: Job) -> None:
+    """Write into the model where it comes from."""
+    facts = {
+        "version": tool().version,
+        "teacher_sha256": fingerprint(job.model),
+        "method": "+".join(job.method),
+        "target": job.target(),
+    }
+    add_metadata(student, facts)
+
+
+def judged(
+    job: Job,
+    fit: Shots,
+    held_out: Shots,
+    device: str,
+    student: onnx.ModelProto,
+    layers: list[LayerResult],
+    heard: list[str],
+    command: str,
+    log: Log,
+) -> Judged:
+    """Write the student beside where it will lie, and compare that file with the teacher's."""
+    with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=f".{legible(job.out.name)}.") as folder:
+        candidate = Path(folder) / job.out.name
+        write_proto(student, candidate, external=job.external_data)
+        apart = fraction(job.holdout) != 0.0
+        how: dict[str, Any] = {"device": device, "held_out": apart, "log": hearing(log, heard)}
+        fidelity = compare(
+            job.model,
+            candidate,
+            held_out,
+            generator=np.random.default_rng(job.seed),
+            confidence=job.gate.confidence or CONFIDENCE,
+            **how,
+        )
+        # Stamped with what it was found to be worth, so that the file judged is to the byte the file delivered.
+        add_metadata(student, _worth(fidelity))
+        write_proto(student, candidate, external=job.external_data)
+        budget = job.budget()
+        if budget.kind == "size" and file_bytes(candidate) > limit_of(budget, job.model):
+            raise VerifyError(
+                f"the student has {file_bytes(candidate):,} bytes, more than --size {budget.told}.\n"
+                "  This is a defect of xdonnx: please report it with the model's operators (xdonnx inspect)."
+            )
+        report = verify(
+            job.model,
+            candidate,
+            held_out,
+            of_a_job(job.gate, job.structure),
+            seed=job.seed,
+            command=command,
+            fitted=fit if apart else None,
+            shots_path=", ".join(job.shots) or "synthetic",
+            known=fidelity,
+            **how,
+        )
+        if report.exit_code not in (0, 3):
+            raise VerifyError("; ".join(report.reasons))
+    warnings = (*heard, *report.warnings)
+    return Judged(student, report.model_copy(update={"layers": tuple(layers), "warnings": warnings}))
+
+
+def delivered(
+    job: Job, fitted: int, judged: Judged, tries: Sequence[Try], heard: Sequence[str], started: datetime
+) -> Report:
+    """Put the student in place, or beside it where it failed, and return the whole report."""
+    report = judged.report
+    out = job.out if report.exit_code == 0 else rejected_path(job.out)
+    write_proto(judged.student, out, external=job.external_data)
+    loss = heavy_loss(report.fidelity, [result.name for result in report.gates])
+    return report.model_copy(
+        update={
+            "files": report.files.model_copy(update={"student": file_facts(out)}),
+            "job": plain(job.model_dump()),
+            "tries": tuple(tries),
+            "fit_samples": fitted,
+            "warnings": tuple(dict.fromkeys((*loss, *heard, *report.warnings))),
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round((datetime.now().astimezone() - started).total_seconds(), 3),
+        }
+    )
+
+
+def _worth(fidelity: Fidelity) -> dict[str, str]:
+    facts = zip(WORTH, (fidelity.top1_agreement, worst_error(fidelity)), strict=True)
+    return {key: f"{value:.6g}" for key, value in facts if value is not None}
+
+
+def worst_error(fidelity: Fidelity | None) -> float | None:
+    """Return the relative L2 of the output that is furthest off; None where none was compared."""
+    outputs = fidelity.outputs if fidelity else ()
+    return max((output.relative_l2 for output in outputs if output.relative_l2 is not None), default=None)
