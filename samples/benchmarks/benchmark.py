@@ -8,16 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-# Processor time is that of all threads, so there is to be one.
-os.environ["OMP_NUM_THREADS"] = "1"
 
 import cutting
 import solving
@@ -59,7 +56,7 @@ def solve(run: Run) -> None:
     """Measure the published algorithm on activations and on moments, and the default."""
     given = run.given
     job = solving.job_of(given.data, "paper")
-    solved = solving.solve_layers(job, run.say, repeats=given.repeats, steps=given.steps, whole=not given.quick)
+    solved = solving.solve_layers(job, run.say, repeats=given.layer_repeats, steps=given.steps, whole=not given.quick)
     layers = writing.layers(solved, given.steps)
     run.write("solving", layers)
     found = solving.run_efforts(given.data, run.say, repeats=given.repeats)
@@ -76,10 +73,11 @@ def cut(run: Run, folder: Path) -> None:
     run.write("cutting", writing.cuts(found))
 
 
-def walk(run: Run, models: Mapping[str, Path]) -> None:
+def walk(run: Run, folder: Path) -> None:
     """Measure the layer-wise stage of large networks, each in a process."""
     measured = {}
-    for name, model in models.items():
+    for name in run.given.networks:
+        model = exported(name, folder)
         run.say(f"stage: {name}")
         measured[name] = walking.in_a_process(model, run.given.samples, run.given.stage_repeats)
         run.write("walking", writing.networks(measured, run.given.samples))
@@ -105,11 +103,9 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=_count, default=64, metavar="N", help="of large networks; default: 64")
     parser.add_argument("--repeats", type=_count, default=3, metavar="N", help="default: 3")
+    parser.add_argument("--layer-repeats", type=_count, default=3, metavar="N", help="of each layer; default: 3")
     parser.add_argument("--stage-repeats", type=_count, default=3, metavar="N", help="of large networks; default: 3")
     parser.add_argument("--steps", type=_count, default=30, metavar="N", help="timed on activations; default: 30")
-    parser.add_argument(
-        "--beside", action="store_true", help="walk large networks beside the rest, on a core of its own"
-    )
     parser.add_argument("--quick", action="store_true", help="never make all 3,000 steps on activations: minutes less")
     given = parser.parse_args(words)
     if given.data is None and os.environ.get("XDONNX_DATA"):
@@ -158,26 +154,23 @@ def start(words: Sequence[str]) -> None:
     """
     given = arguments(words)
     check(given)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # processor time is that of all threads
     run = Run(given, words)
     with TemporaryDirectory(prefix="xdonnx-benchmark-") as name:
         folder = Path(name)
         if "cutting" in given.only:
             cut(run, folder)
-        models = {name: exported(name, folder) for name in given.networks} if "walking" in given.only else {}
-        with ThreadPoolExecutor(1) as beside:
-            walked = beside.submit(walk, run, models) if "walking" in given.only else None
-            if walked is not None and not given.beside:
-                walked.result()
-            if "solving" in given.only:
-                solve(run)
-            if walked is not None:
-                walked.result()
+        if "solving" in given.only:
+            solve(run)
+        if "walking" in given.only:
+            walk(run, folder)
     run.say(f"wrote {given.out}")
 
 
 def main() -> None:
     """Run the script on what was typed, and end the process with its exit code."""
+    # As an exception it unwinds, and temporary folders go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.simplefilter("ignore")
     try:
         start(sys.argv[1:])

@@ -75,10 +75,13 @@ def layers(solved: Sequence[Solved], steps: int) -> list[str]:
     rows = []
     for shape in dict.fromkeys(one.shape for one in solved if one.loses):
         same = [one for one in solved if one.loses and one.shape == shape]
-        rows.append(_layer_row(f"{shape[1]} → {shape[0]} channels, {same[0].positions:,} positions", same))
+        each = [median(ratios(one.theirs, one.ours)) for one in same]
+        name = f"{shape[1]} → {shape[0]} channels, {same[0].positions:,} positions"
+        rows.append(_layer_row(name, same, spread(each)))
     losing = [one for one in solved if one.loses]
-    rows.append(_layer_row("all of these", losing))
-    time = ratios(summed(one.theirs for one in solved), summed(one.ours for one in losing))
+    ours = summed(one.ours for one in losing)
+    rows.append(_layer_row("all of these", losing, spread(ratios(summed(one.theirs for one in losing), ours))))
+    time = ratios(summed(one.theirs for one in solved), ours)
     rows.append(["all 3x3 convolutions but the first", str(len(solved)), spread(time), ""])
     text = [
         "## The published algorithm in moment space",
@@ -89,7 +92,7 @@ def layers(solved: Sequence[Solved], steps: int) -> list[str]:
             "convolutions forwards and backwards on cached activations, over `--preset-effort paper`, which takes "
             f"moments once and makes the same steps on them. On activations {steps} steps of each layer were timed and "
             f"scaled to {STEPS:,}. *Error*: of our weights over that of theirs, both after {steps} steps and measured "
-            "on activations."
+            "on activations. The spread of a row is that between layers, of the sums that between repeats."
         ),
         *grid(("layers", "number", "time: activations over moments", "error: ours over theirs"), rows),
         "",
@@ -118,11 +121,9 @@ def layers(solved: Sequence[Solved], steps: int) -> list[str]:
     return text
 
 
-def _layer_row(name: str, same: Sequence[Solved]) -> list[str]:
-    time = ratios(summed(one.theirs for one in same), summed(one.ours for one in same))
+def _layer_row(name: str, same: Sequence[Solved], time: str) -> list[str]:
     errors = [one.error for one in same if one.error is not None]
-    between = f"{min(errors):.6f} to {max(errors):.6f}" if errors else ""
-    return [name, str(len(same)), spread(time), between]
+    return [name, str(len(same)), time, f"{min(errors):.6f} to {max(errors):.6f}" if errors else ""]
 
 
 def efforts(found: Sequence[Effort], solved: Sequence[Solved], judged: int) -> list[str]:
@@ -136,7 +137,8 @@ def efforts(found: Sequence[Effort], solved: Sequence[Solved], judged: int) -> l
         ("the published algorithm on activations, layers that lose channels", [one for one in solved if one.loses]),
         ("the same, all 3x3 convolutions but the first", solved),
     ):
-        rows.append([name, spread(ratios(summed(one.theirs for one in part), default.seconds)), ""])
+        below = median(default.seconds)
+        rows.append([name, spread([each / below for each in summed(one.theirs for one in part)]), ""])
     return [
         "## The default against the published algorithm",
         "",
