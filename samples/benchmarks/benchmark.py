@@ -33,7 +33,8 @@ class Run:
 
     def __init__(self, given: argparse.Namespace, words: Sequence[str]) -> None:
         self.given = given
-        self.command = shlex.join(["python", "samples/benchmarks/benchmark.py", *words])
+        where = "XDONNX_DATA=DIR " if "solving" in given.only and "--data" not in words else ""
+        self.command = where + shlex.join(["python", "samples/benchmarks/benchmark.py", *words])
         self.began = time.monotonic()
         self.loads: list[float] = []
         self.sections: dict[str, list[str]] = {}
@@ -45,11 +46,12 @@ class Run:
         print(f"{time.monotonic() - self.began:6.0f} s  {text}", file=sys.stderr, flush=True)
 
     def write(self, part: str, section: list[str]) -> None:
-        """Write what is there, so that an interrupt loses only what is being measured."""
+        """Write what is there and what is not, so that an interrupt loses only what is being measured."""
         self.sections[part] = section
         about = writing.machine(self.loads)
         sections = [self.sections[name] for name in PARTS if name in self.sections]
-        self.given.out.write_text(writing.page(sections, about, self.command))
+        missing = [name for name in PARTS if name in self.given.only and name not in self.sections]
+        self.given.out.write_text(writing.page(sections, about, self.command, missing))
 
 
 def solve(run: Run) -> None:

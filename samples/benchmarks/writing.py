@@ -67,7 +67,7 @@ def machine(loads: Sequence[float]) -> list[str]:
 
 def prose(text: str) -> list[str]:
     """Return a paragraph, wrapped, and the empty line after it."""
-    return [*wrap(text, 120), ""]
+    return [*wrap(text, 120, break_on_hyphens=False), ""]
 
 
 def layers(solved: Sequence[Solved], steps: int) -> list[str]:
@@ -208,8 +208,8 @@ def cuts(found: Sequence[Cuts]) -> list[str]:
     ]
 
 
-def page(sections: Iterable[Sequence[str]], about: Sequence[str], command: str) -> str:
-    """Return the whole page."""
+def page(sections: Iterable[Sequence[str]], about: Sequence[str], command: str, missing: Sequence[str] = ()) -> str:
+    """Return the whole page, of a run that may not have finished."""
     lines = [
         "# Benchmarks",
         "",
@@ -223,6 +223,7 @@ def page(sections: Iterable[Sequence[str]], about: Sequence[str], command: str) 
         "```",
         "",
         *about,
+        *(prose(f"The run was ended before these parts were measured: {', '.join(missing)}.") if missing else ()),
     ]
     for section in sections:
         lines += section

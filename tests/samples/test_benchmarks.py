@@ -142,7 +142,7 @@ def test_cuts_are_shown_as_theirs_over_ours():
 def test_a_page_says_how_to_make_it_again_and_on_what_it_was_made():
     text = writing.page([["## One", ""], ["## Two", ""]], writing.machine([2.0, 4.5]), "python x.py --quick")
     assert "```bash\npython x.py --quick\n```" in text and text.endswith("## Two\n")
-    assert "load average 2.0 to 4.5 during the run" in text
+    assert "load average 2.0 to 4.5 during the run" in text and "ended before" not in text
     assert f"torch {torch.__version__.split('+')[0]}" in text
     assert max(map(len, text.splitlines())) <= 120
 
@@ -279,11 +279,18 @@ def test_a_run_writes_the_page_after_each_part(tmp_path, monkeypatch, capsys):
         return [solving.Effort("balanced", [2.0, 4.0], 89.6), solving.Effort("paper", [20.0, 20.0], 83.4)]
 
     monkeypatch.setattr(script.solving, "run_efforts", efforts)
-    script.start(["--only", "solving", "--data", str(tmp_path), "-o", str(out)])
+    monkeypatch.setattr(script.walking, "in_a_process", lambda *_: 1 / 0)
+    monkeypatch.setattr(script, "exported", lambda *_: None)
+    words = ["--only", "solving,walking", "--data", str(tmp_path), "-o", str(out)]
+    with pytest.raises(ZeroDivisionError):
+        script.start(words)
+    assert "The run was ended before these parts were measured: walking." in out.read_text()
+    script.start([words[0], "solving", *words[2:]])
 
-    assert heads == [["## The published algorithm in moment space"]]
+    assert heads == [["## The published algorithm in moment space"]] * 2
     text = out.read_text()
     assert "| `paper`: the published algorithm on moments | 7.50 (5.00 to 10.0) | 83.40 |" in text
+    assert "ended before" not in text
     assert f"benchmark.py --only solving --data {tmp_path} -o {out}" in text
     assert f"wrote {out}" in capsys.readouterr().err
 
@@ -318,10 +325,10 @@ def test_what_is_missing_is_told_before_anything_is_measured(tmp_path, monkeypat
         assert ended.value.code == code and says in capsys.readouterr().err
 
 
-def test_the_page_that_lies_here_came_from_the_script_as_it_is():
+def test_the_page_that_lies_here_is_the_scripts_and_is_named():
     text = (SAMPLES / "benchmarks.md").read_text()
     assert "python samples/benchmarks/benchmark.py " in text and "load average" in text
-    for part in ("## The published algorithm in moment space", "## The layer-wise stage", "## Cutting alone"):
+    for part in ("## The published algorithm in moment space", "## The default against", "## Cutting alone"):
         assert part in text
     assert "samples/benchmarks.md" in (SAMPLES.parent / "README.md").read_text()
     assert "benchmarks.md" in (SAMPLES / "README.md").read_text()
