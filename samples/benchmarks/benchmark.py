@@ -38,6 +38,7 @@ class Run:
         self.began = time.monotonic()
         self.loads: list[float] = []
         self.sections: dict[str, list[str]] = {}
+        self.left: list[str] = []
 
     def say(self, text: str) -> None:
         """Tell how far it is, on stderr."""
@@ -45,13 +46,14 @@ class Run:
             self.loads.append(os.getloadavg()[0])
         print(f"{time.monotonic() - self.began:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-    def write(self, part: str, section: list[str]) -> None:
-        """Write what is there and what is not, so that an interrupt loses only what is being measured."""
+    def write(self, part: str, section: list[str], left: Sequence[str] = ()) -> None:
+        """Write what is there and what is not yet, so that an interrupt loses only what is being measured."""
         self.sections[part] = section
+        self.left = [f"{part} {name}" for name in left]
         about = writing.machine(self.loads)
         sections = [self.sections[name] for name in PARTS if name in self.sections]
         missing = [name for name in PARTS if name in self.given.only and name not in self.sections]
-        self.given.out.write_text(writing.page(sections, about, self.command, missing))
+        self.given.out.write_text(writing.page(sections, about, self.command, [*missing, *self.left]))
 
 
 def solve(run: Run) -> None:
@@ -82,7 +84,8 @@ def walk(run: Run, folder: Path) -> None:
         model = exported(name, folder)
         run.say(f"stage: {name}")
         measured[name] = walking.in_a_process(model, run.given.samples, run.given.stage_repeats)
-        run.write("walking", writing.networks(measured, run.given.samples))
+        left = [other for other in run.given.networks if other not in measured]
+        run.write("walking", writing.networks(measured, run.given.samples), left)
 
 
 def exported(name: str, folder: Path, module: nn.Module | None = None) -> Path:

@@ -295,6 +295,21 @@ def test_a_run_writes_the_page_after_each_part(tmp_path, monkeypatch, capsys):
     assert f"wrote {out}" in capsys.readouterr().err
 
 
+def test_a_page_names_the_networks_that_a_run_did_not_reach(tmp_path, monkeypatch):
+    one = {"plan": [2.0], "fit": [8.0], "teacher": [1.5], "student": [1.0], "macs": 4.1e9, "kept": 0.5}
+    pages = []
+
+    def measure(model, *_):
+        pages.append(tmp_path.joinpath("page.md").read_text() if pages else "")
+        return {**one, "passing": 1, "peak": 1}
+
+    monkeypatch.setattr(script.walking, "in_a_process", measure)
+    monkeypatch.setattr(script, "exported", lambda *_: None)
+    script.start(["--only", "walking", "--networks", "vgg16,resnet50", "-o", str(tmp_path / "page.md")])
+    assert "The run was ended before these parts were measured: walking resnet50." in pages[1]
+    assert "ended before" not in tmp_path.joinpath("page.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -328,7 +343,7 @@ def test_what_is_missing_is_told_before_anything_is_measured(tmp_path, monkeypat
 def test_the_page_that_lies_here_is_the_scripts_and_is_named():
     text = (SAMPLES / "benchmarks.md").read_text()
     assert "python samples/benchmarks/benchmark.py " in text and "load average" in text
-    for part in ("## The published algorithm in moment space", "## The default against", "## Cutting alone"):
+    for part in ("## The published algorithm in moment space", "## The layer-wise stage", "## Cutting alone"):
         assert part in text
     assert "samples/benchmarks.md" in (SAMPLES.parent / "README.md").read_text()
     assert "benchmarks.md" in (SAMPLES / "README.md").read_text()
