@@ -18,12 +18,34 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bench", action="store_true", help="time the parts, one after the other, and run nothing else")
     parser.addoption("--paper", action="store_true", help="run the minutes-long reproductions (needs XDONNX_DATA)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    if config.getoption("--bench"):
+        if not config.pluginmanager.hasplugin("benchmark"):
+            raise pytest.UsageError("--bench needs pytest-benchmark: python -m pip install '.[test]'")
+        # Before pytest-xdist looks: what runs side by side cannot be timed.
+        config.option.numprocesses = 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("benchmark") and not config.getoption("--bench"):
+        # Else pytest-benchmark warns that it times nothing beside pytest-xdist, and warnings are errors.
+        config.option.benchmark_disable = True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     data = os.environ.get("XDONNX_DATA")
+    if config.getoption("--bench"):
+        others = [item for item in items if not item.get_closest_marker("bench")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item.get_closest_marker("bench")]
     for item in items:
+        if item.get_closest_marker("bench") and not config.getoption("--bench"):
+            item.add_marker(pytest.mark.skip(reason="times parts for minutes: pass --bench"))
         if ("corpus" in item.keywords or "paper" in item.keywords) and not data:
             item.add_marker(pytest.mark.skip(reason="set XDONNX_DATA to the folder of real models"))
         elif "paper" in item.keywords and not config.getoption("--paper"):
