@@ -1,0 +1,399 @@
+"""Refit a student that another tool pruned or decomposed: nothing more is removed, its structure stays.
+
+FSKD (Li, Li, Liu, Zhang, CVPR 2020, arXiv:1812.01839): behind every matched convolution, before anything that is not
+linear, stands a 1x1 layer `Q z + q`. In graph order, those before it already set, it is fitted by least squares: z is
+what the student's convolution puts out, the target what the teacher's does, of the channels that the student kept. Then
+it is merged: the weight becomes Q W, the bias Q b + q, and nothing has grown. The paper leaves out q and fits without
+a ridge; here Q is pulled toward the identity, as hard as three folds of the samples say.
+
+Cross distillation (Bai, Wu, King, Lyu, AAAI 2020) refits the matched layers themselves. Where one layer stands for one,
+each of its input channels is one of the teacher's, and teacher and student can be crossed as in `xdonnx.connection`. The
+last layer of a row reads what no layer of the teacher reads: it is fitted by regression onto the teacher's outputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xdonnx.columns import Geometry, from_matrix, to_matrix
+from xdonnx.connection import Connection, Quadratic, damped, objective, projected, regression, restricted
+from xdonnx.convert import layer_tensors, run_layer, stored
+from xdonnx.crossval import measure_folds
+from xdonnx.graph import Net
+from xdonnx.methods.joint import WIDEST
+from xdonnx.methods.layerwise import LEAST_RIDGE, MOST_FOLDED, WIDEST_FOLDED, Trace
+from xdonnx.methods.pairwalk import Meeting, Weights
+from xdonnx.moments import enough, paired
+from xdonnx.solve import refit
+
+# Pulls of a 1x1 layer toward the identity that folds choose among, relative to the mean energy of the outputs.
+PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+FOLDS, LEAN = 3, 0.05
+Candidate = tuple[Connection, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Mixer:
+    """A 1x1 layer `Q z + q` behind a convolution, group by group.
+
+    Parameters
+    ----------
+    q : (g, o, o)
+    constant : (g * o,)
+    """
+
+    q: Tensor
+    constant: Tensor
+
+    def merged(self, weight: Tensor, bias: Tensor | None, seen: Geometry) -> Weights:
+        """Return weight and bias of the convolution that does the work of both; exact, for both are linear."""
+        matrix = to_matrix(weight, bias, seen).double()
+        matrix = self.q.to(matrix) @ matrix
+        made, fitted = from_matrix(matrix, seen, bias is not None, tuple(weight.shape))
+        if bias is not None and fitted is not None:
+            return made.to(weight), (fitted + self.constant.to(fitted)).to(bias)
+        return made.to(weight), None
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Sums over positions: of outputs z (g, o, p) and targets y, and of their products."""
+
+    count: int
+    z: Tensor
+    y: Tensor
+    zz: Tensor
+    yz: Tensor
+    yy: Tensor
+
+    def __add__(self, other: _Sums) -> _Sums:
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return _Sums(*(a + b for a, b in pairs))
+
+    def centred(self, *, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean products of z with z, y with z and y with y, about their means where a constant is fitted."""
+        zz, yz, yy = self.zz / self.count, self.yz / self.count, self.yy / self.count
+        if not bias:
+            return zz, yz, yy
+        z, y = self.z / self.count, self.y / self.count
+        return zz - z @ z.mT, yz - y @ z.mT, yy - y.square().sum((1, 2))
+
+    def mixer(self, pull: float, *, bias: bool) -> Mixer:
+        """Fit `Q z + q` to y, Q pulled toward the identity."""
+        zz, yz, _ = self.centred(bias=bias)
+        energy = zz.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+        damping = pull * energy.where(energy > 0, 1.0)
+        factor = torch.linalg.cholesky(zz + torch.diag_embed(damping.expand(zz.shape[:2])))
+        q = torch.eye(zz.shape[1]).to(zz) + torch.cholesky_solve((yz - zz).mT, factor).mT
+        constant = (self.y - q @ self.z) / self.count if bias else torch.zeros_like(self.z)
+        return Mixer(q, constant.flatten())
+
+    def error(self, mixer: Mixer) -> float:
+        """Return the sum of squared errors of a mixer on these positions."""
+        constant = mixer.constant.reshape(self.z.shape)
+        q = mixer.q
+        found = (q @ self.zz * q).sum() - 2 * (self.yz * q).sum() + self.yy.sum()
+        found = found + 2 * (constant * (q @ self.z - self.y)).sum() + self.count * constant.square().sum()
+        return float(found)
+
+
+def _sums(z: Tensor, y: Tensor, groups: int) -> _Sums:
+    def grouped(value: Tensor) -> Tensor:
+        flat = value.double().movedim(1, 0).flatten(1)
+        return flat.reshape(groups, flat.shape[0] // groups, -1)
+
+    ours, theirs = grouped(z), grouped(y)
+    return _Sums(
+        ours.shape[2],
+        ours.sum(2, keepdim=True),
+        theirs.sum(2, keepdim=True),
+        ours @ ours.mT,
+        theirs @ ours.mT,
+        theirs.square().sum((1, 2)),
+    )
+
+
+@dataclass(eq=False)
+class Mixing:
+    """FSKD at every meeting: remembers the 1x1 layers that it merged.
+
+    Parameters
+    ----------
+    samples : int
+        Rows of all chunks; row r belongs to fold `r % FOLDS`.
+    ridge : float, optional
+        Pull toward the identity; None: as folds say.
+    """
+
+    net: Net
+    samples: int
+    ridge: float | None = None
+    mixers: dict[str, Mixer] = field(default_factory=dict)
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    traces: list[Trace] = field(default_factory=list)
+
+    def __call__(self, meeting: Meeting) -> Weights | None:
+        """Fit and merge one layer; None where it is no convolution or shares its weight."""
+        layer, began = meeting.layer, time.perf_counter()
+        if not layer.kernel or layer.weight in self.net.shared:
+            return None
+        outputs = [run_layer(layer, x, meeting.weight, meeting.bias) for x in meeting.source]
+        folds = _fold_sums(outputs, meeting.target, layer.groups, self.samples)
+        bias = meeting.bias is not None
+        mixer = self._best(folds, bias=bias)
+        whole = _total(folds)
+        same = Mixer(torch.eye(mixer.q.shape[1]).to(mixer.q).expand_as(mixer.q), torch.zeros_like(mixer.constant))
+        energy = max(float(whole.centred(bias=True)[2].sum()) * whole.count, 1e-30)
+        self.mixers[layer.name] = mixer
+        weights = mixer.merged(meeting.weight, meeting.bias, meeting.geometry)
+        keep(self.tensors, meeting, weights)
+        spent = time.perf_counter() - began
+        self.traces.append(Trace(layer.name, whole.error(same) / energy, whole.error(mixer) / energy, spent))
+        return weights
+
+    def _best(self, folds: Sequence[_Sums], *, bias: bool) -> Mixer:
+        if self.ridge is not None:
+            return _total(folds).mixer(max(self.ridge, 1e-10), bias=bias)
+        errors = [0.0] * len(PULLS)
+        if len(folds) > 1:
+            for at, unseen in enumerate(folds):
+                seen = _total([fold for other, fold in enumerate(folds) if other != at])
+                for index, pull in enumerate(PULLS):
+                    errors[index] += unseen.error(seen.mixer(pull, bias=bias))
+        best = int(np.argmin(errors)) if len(folds) > 1 else len(PULLS) // 2
+        return _total(folds).mixer(PULLS[best], bias=bias)
+
+
+def _fold_sums(outputs: Sequence[Tensor], target: Sequence[Tensor], groups: int, samples: int) -> list[_Sums]:
+    found: dict[int, _Sums] = {}
+    start = 0
+    for z, y in zip(outputs, target, strict=True):
+        owner = torch.arange(start, start + len(z), device=z.device) % max(samples, 1) % FOLDS
+        start += len(z)
+        for fold in range(FOLDS):
+            mine = owner == fold
+            if bool(mine.any()):
+                sums = _sums(z[mine], y[mine], groups)
+                found[fold] = found[fold] + sums if fold in found else sums
+    return list(found.values())
+
+
+def _total(folds: Sequence[_Sums]) -> _Sums:
+    total = folds[0]
+    for fold in folds[1:]:
+        total = total + fold
+    return total
+
+
+def keep(tensors: dict[str, np.ndarray], meeting: Meeting, weights: Weights) -> None:
+    """Write a layer's new weights down as the file stores them."""
+    layer = meeting.layer
+    tensors[layer.weight] = stored(layer, weights[0]).cpu().numpy()
+    if layer.bias is not None and weights[1] is not None:
+        tensors[layer.bias] = weights[1].cpu().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What one fold says of a layer: the error of its weights (g, o, d) under each candidate, without a ridge.
+
+    `judge` is the error against what the teacher's layer puts out, each network on its own input.
+    """
+
+    errors: tuple[Quadratic, ...]
+    judge: Quadratic
+    count: int
+
+
+@dataclass(eq=False)
+class Crossing:
+    """Cross distillation at every meeting.
+
+    Parameters
+    ----------
+    net, teacher : Net
+        The student's and the teacher's.
+    rows, samples : int
+        Rows of all chunks, and how many of them are samples, the others being views of these in the same order.
+    candidates : tuple of (Connection, float)
+        Connection and ridge; where there are several, folds of the samples choose, the first one ahead.
+    """
+
+    net: Net
+    teacher: Net
+    rows: int
+    samples: int
+    candidates: tuple[Candidate, ...]
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    traces: list[Trace] = field(default_factory=list)
+
+    def __call__(self, meeting: Meeting) -> Weights | None:
+        """Refit one layer; None where it shares its weight."""
+        layer, began = meeting.layer, time.perf_counter()
+        if layer.weight in self.net.shared:
+            return None
+        if len(layer.columns) > WIDEST:
+            return self._mixed(meeting)
+        bias = meeting.bias is not None
+        own = to_matrix(meeting.weight, meeting.bias, meeting.geometry).double()
+        folds = FOLDS if len(layer.columns) <= WIDEST_FOLDED and own.numel() <= MOST_FOLDED else 1
+        crossed = self._teacher_matrix(meeting)
+        if crossed is not None:
+            candidates = self.candidates
+            parts = self._crossed(meeting, *crossed, folds)
+        else:
+            candidates = tuple({ridge: (regression(), ridge) for _, ridge in self.candidates}.values())
+            parts = self._regressed(meeting, len(candidates), folds)
+        matrix = _chosen(parts, [ridge for _, ridge in candidates], own, bias=bias)
+        weight, fitted = from_matrix(matrix, meeting.geometry, bias, tuple(meeting.weight.shape))
+        weights = (weight.to(meeting.weight), None if fitted is None else fitted.to(meeting.weight))
+        keep(self.tensors, meeting, weights)
+        judge = _mean([part.judge for part in parts], [part.count for part in parts])
+        energy = max(float(judge.const.sum()), 1e-30)
+        before, after = (max(float(judge(one)), 0.0) / energy for one in (own, matrix))
+        self.traces.append(Trace(layer.name, before, after, time.perf_counter() - began))
+        return weights
+
+    def _mixed(self, meeting: Meeting) -> Weights | None:
+        """Mend a layer with more columns than a system can have by a mixture of its outputs."""
+        mixing = Mixing(self.net, self.samples)
+        weights = mixing(meeting)
+        self.tensors.update(mixing.tensors)
+        self.traces += mixing.traces
+        return weights
+
+    def _teacher_matrix(self, meeting: Meeting) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
+        """Return the teacher's weights on the student's outputs, and what both read, in the student's channels first.
+
+        None where the inputs do not correspond channel by channel. Channels that the student lacks read the teacher's.
+        """
+        pair, ours, theirs = meeting.pair, meeting.layer, meeting.teacher
+        same = ours.kernel == theirs.kernel and ours.dilations == theirs.dilations and ours.pads == theirs.pads
+        inputs = pair.inputs
+        if len(pair.student) > 1 or not same or inputs is None or ours.op != theirs.op:
+            return None
+        if (inputs < 0).any() or len(set(inputs.tolist())) < len(inputs) or (theirs.bias and not ours.bias):
+            return None
+        weight, bias = layer_tensors(self.teacher, theirs, meeting.weight.device)
+        weight, axis = weight[pair.channels], 1 if ours.kernel else -1
+        first = torch.tensor(inputs, device=weight.device)
+        if ours.depthwise and theirs.depthwise and np.array_equal(pair.channels, inputs):
+            both = [x.index_select(axis, first) for x in meeting.teacher_source]
+            source = meeting.source
+        elif ours.op != "ConvTranspose" and ours.groups == theirs.groups == 1:
+            rest = torch.tensor(np.setdiff1d(np.arange(weight.shape[1]), inputs), device=weight.device)
+            weight = weight.index_select(1, torch.cat([first, rest]))
+            both = [
+                torch.cat([x.index_select(axis, first), x.index_select(axis, rest)], axis)
+                for x in meeting.teacher_source
+            ]
+            source = [
+                torch.cat([x, t.index_select(axis, rest)], axis)
+                for x, t in zip(meeting.source, meeting.teacher_source, strict=True)
+            ]
+        else:
+            return None
+        given = None
+        if ours.bias:
+            given = weight.new_zeros(len(weight)) if bias is None else bias[pair.channels]
+        return to_matrix(weight, given, meeting.geometry).double(), both, source
+
+    def _how(self, meeting: Meeting) -> dict[str, Any]:
+        exact = min(ridge for _, ridge in self.candidates) < LEAST_RIDGE
+        each = enough(len(meeting.layer.columns), self.rows)
+        precision = torch.float64 if exact else torch.float32
+        return {"bias": meeting.bias is not None, "each": each, "dtype": precision}
+
+    def _crossed(
+        self, meeting: Meeting, teacher: Tensor, theirs: list[Tensor], ours: list[Tensor], folds: int
+    ) -> list[_Part]:
+        how = self._how(meeting)
+        measured = measure_folds(
+            theirs, ours, None, meeting.geometry, rows=self.rows, samples=self.samples, folds=folds, **how
+        )
+        alive = torch.zeros(teacher.shape[2], dtype=torch.bool, device=teacher.device)
+        alive[: len(meeting.layer.columns)] = True
+        alive[teacher.shape[2] - how["bias"] :] = True
+        parts = []
+        for fold in measured:
+            known = projected(fold.moments, teacher)
+            found = [
+                restricted(objective(connection, fold.moments, teacher, known), alive)
+                for connection in (*(one for one, _ in self.candidates), regression())
+            ]
+            parts.append(_Part(tuple(found[:-1]), found[-1], fold.moments.count))
+        return parts
+
+    def _regressed(self, meeting: Meeting, candidates: int, folds: int) -> list[_Part]:
+        """Measure the layer's own input against the teacher's outputs, fold by fold."""
+        how, geometry = self._how(meeting), meeting.geometry
+        whole = sum(map(len, meeting.source)) == self.rows
+        folds = max(1, min(folds, self.samples)) if whole else 1
+        parts, start = [], 0
+        owners = []
+        for chunk in meeting.source:
+            owners.append(torch.arange(start, start + len(chunk), device=chunk.device) % self.samples % folds)
+            start += len(chunk)
+        for fold in range(folds):
+            rows = [owner == fold for owner in owners]
+            x, y = (
+                [value[row] for value, row in zip(values, rows, strict=True) if bool(row.any())]
+                for values in (meeting.source, meeting.target)
+            )
+            if x:
+                q, count = _onto(x, y, geometry, **how)
+                parts.append(_Part((q,) * candidates, q, count))
+        return parts
+
+
+def _onto(
+    source: list[Tensor], target: list[Tensor], geometry: Geometry, *, bias: bool, each: int, dtype: torch.dtype
+) -> tuple[Quadratic, int]:
+    """Return the mean squared error of a layer's weights on its input against given outputs, and the positions."""
+    hess = lin = const = None
+    count = 0
+    for x, _, part in paired(source, source, geometry, bias=bias, each=each, dtype=dtype):
+        y = part.outputs(target, geometry).to(x)
+        found = ((x @ x.mT).double(), (y @ x.mT).double(), y.double().square().sum((1, 2)))
+        hess, lin, const = found if hess is None else (hess + found[0], lin + found[1], const + found[2])
+        count += x.shape[2]
+    assert hess is not None and lin is not None and const is not None
+    return Quadratic(hess / count, lin / count, const / count), count
+
+
+def _mean(errors: Sequence[Quadratic], counts: Sequence[int]) -> Quadratic:
+    shares = [count / sum(counts) for count in counts]
+    hess, lin, const = (
+        sum((share * part for share, part in zip(shares[1:], parts[1:], strict=True)), shares[0] * parts[0])
+        for parts in zip(*((one.hess, one.lin, one.const) for one in errors), strict=True)
+    )
+    return Quadratic(hess, lin, const)
+
+
+def _chosen(parts: Sequence[_Part], ridges: Sequence[float], own: Tensor, *, bias: bool) -> Tensor:
+    """Return the weights that minimise the error under the candidate that does best on folds which it did not see."""
+    mask = torch.ones_like(own, dtype=torch.bool)
+
+    def solved(some: Sequence[_Part], index: int) -> Tensor:
+        whole = _mean([part.errors[index] for part in some], [part.count for part in some])
+        return refit(damped(whole, own, ridges[index], bias=bias), mask, own)
+
+    best = 0
+    if len(parts) > 1 and len(ridges) > 1:
+        errors = [
+            sum(
+                float(unseen.judge(solved([part for part in parts if part is not unseen], index))) * unseen.count
+                for unseen in parts
+            )
+            for index in range(len(ridges))
+        ]
+        least = int(np.argmin(errors))
+        best = least if errors[least] < (1 - LEAN) * errors[0] else 0
+    return solved(parts, best)
