@@ -40,8 +40,10 @@ output = panel("Output")
 running = panel("Run")
 
 
-# Of compress alone: what another command made.
+# Of compress alone: what another command made, or another tool.
 PLAN = target("--plan", "FILE", "What xdonnx plan wrote, edited or not.")
+STUDENT = target("--student", "FILE", "Refit this student, which another tool pruned or decomposed; nothing more goes.")
+MATCH = method("--match", "FILE", "Of --student: what xdonnx match wrote, edited or not. Default: found anew.")
 
 
 def fraction(text: str) -> float:

@@ -64,6 +64,8 @@ EXAMPLES: dict[str, tuple[Any, list[str]]] = {
     "params": (0.4, ["0.4"]),
     "keep": (0.25, ["0.25"]),
     "plan": ("plan.toml", ["plan.toml"]),
+    "student": (OTHER, [OTHER]),
+    "match": ("match.toml", ["match.toml"]),
     "structure": ("2:4", ["2:4"]),
     "include": (["a*", "b"], ["a*", "b"]),
     "exclude": ("c", ["c"]),

@@ -23,12 +23,14 @@ from xdonnx.devices import usable_device
 from xdonnx.errors import ShotsError, VerifyError
 from xdonnx.events import Event, Log, ignore, legible
 from xdonnx.fidelity import compare, fixed_batch
+from xdonnx.foreign import refitted
 from xdonnx.gate import heavy_loss, of_a_job
+from xdonnx.given import GivenStudent, check_matching, match_results, matched
 from xdonnx.graph import Net, read_net
 from xdonnx.methods.layerwise import Bench, Outcome
-from xdonnx.model import Port, fingerprint, interface, read_proto, sized, write_proto
+from xdonnx.model import Port, check_file, fingerprint, interface, read_proto, sized, write_proto
 from xdonnx.patch import Patch, cut, masked
-from xdonnx.paths import check_student, rejected_path
+from xdonnx.paths import check_spared, check_student, rejected_path
 from xdonnx.planfile import plan_of
 from xdonnx.preprocessing import check_samples
 from xdonnx.report import Fidelity, LayerResult, Report, tool
@@ -54,6 +56,7 @@ class Prepared:
     held_out: Shots
     plan: Plan
     device: str
+    given: GivenStudent | None = None
 
 
 def run(job: Job, log: Log = ignore, *, command: str = "", read: Reader | None = None) -> Report:
@@ -92,6 +95,10 @@ def run(job: Job, log: Log = ignore, *, command: str = "", read: Reader | None =
     program = opened(ready, note)
     plan = planned(job, ready, program, note)
     bench = Bench(program, torch.Generator().manual_seed(job.seed), note)
+    if ready.given is not None:
+        student, layers = refitted(methods, net, ready.given, fit, bench)
+        _stamp(student, job, net)
+        return _judge_and_write(job, ready, student, layers, tuple(warnings), started, command, log)
     outcome = Outcome(Patch())
     for method in methods:
         found = method(net, outcome.patch, fit, plan, bench)
@@ -152,6 +159,9 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader |
     job.measured()
     if writes:
         check_student(job.out, job.model, force=job.force, external=job.external_data)
+    if job.student is not None:
+        check_file(job.student)
+        check_spared(job.out, job.student, "--student")
     device = usable_device(job.device)
     log(Event("read", f"Read {job.model.name}"))
     proto = read_proto(job.model)
@@ -170,7 +180,14 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader |
             )
     sizes = {**{name: array.shape for name, array in fit.inputs.items()}, **job.input_shape}
     net = read_net(proto, sizes)
-    plan = plan_of(job.plan, net, fingerprint(job.model)) if job.plan else make_plan(net, budget)
+    given = None
+    if job.student is not None:
+        files = (job.model, job.student)
+        given, plan = matched(files, net, fit.inputs, sizes, by=job.match, log=log), Plan("channel")
+        if job.match is None:
+            check_matching(given, files)
+    else:
+        plan = plan_of(job.plan, net, fingerprint(job.model)) if job.plan else make_plan(net, budget)
     batch = fixed_batch(ports, fit) or 1
     for part, does in ((fit, "fit"), (held_out, "judge")):
         if len(part) < batch:
@@ -180,7 +197,7 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, read: Reader |
             )
     # All of them, not only those drawn: one label beyond the classes means that they are numbered otherwise.
     check_asked(session, fit, job.gate, [part.labels for part in (whole, held) if not isinstance(part, float)])
-    return Prepared(net, fit, held_out, plan, device)
+    return Prepared(net, fit, held_out, plan, device, given)
 
 
 def _stamp(student: onnx.ModelProto, job: Job, net: Net) -> None:
@@ -247,6 +264,7 @@ def _judge_and_write(
             fitted=ready.fit if held_out else None,
             shots_path=", ".join(job.shots) or "synthetic",
             known=fidelity,
+            own_opset=ready.given is not None,
             **how,
         )
         if report.exit_code not in (0, 3):
@@ -259,6 +277,7 @@ def _judge_and_write(
         update={
             "files": report.files.model_copy(update={"student": written}),
             "layers": tuple(layers),
+            "matches": match_results(ready.given.matching, ready.net) if ready.given else (),
             "fit_samples": len(ready.fit),
             "warnings": tuple(dict.fromkeys((*loss, *warnings, *heard, *report.warnings))),
             "started": started.isoformat(timespec="seconds"),

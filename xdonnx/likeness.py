@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log, prod, sqrt
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -51,7 +52,7 @@ class Likeness:
         return max(self.weights or 0.0, self.activations or 0.0)
 
     @property
-    def by(self) -> str:
+    def by(self) -> Literal["weights", "activations"]:
         """Which of the two that was."""
         return "weights" if (self.weights or 0.0) >= (self.activations or 0.0) else "activations"
 

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
+from xdonnx.errors import ModelError
 from xdonnx.graph import Net
 from xdonnx.layers import Layer
 from xdonnx.likeness import Likeness, alike, outputs_of, whole_weight
@@ -32,6 +34,13 @@ _BEAM, _BEHIND = 16, 3.0
 _SAME_SOURCES, _SAME_READERS, _WIDTH, _ALONE, _ABSENT = 0.5, 0.5, 0.5, 1.0, 0.3
 # Samples that are looked at, at most.
 SAMPLES = 64
+# Mean confidence below which a student is taken for another teacher's. The same architecture trained again was found
+# at 0.25 to 0.38, pruned and refitted students above 0.95, and the crudest decompositions at 0.6.
+ENOUGH = 0.5
+# A pair below this may be wrong even where the others are right.
+DOUBTFUL = 0.25
+# Layers that an error lists.
+_LISTED = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +68,22 @@ class Pair:
     channels: Array
     inputs: Array | None
     confidence: float
-    by: str
+    by: Literal["weights", "activations", "file"]
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What is known of a layer of the teacher before any search: the student's row, and which channels it puts out.
+
+    Parameters
+    ----------
+    row : tuple of str
+        Empty where the student has nothing in its place.
+    channels : (outputs,) int, optional
+    """
+
+    row: tuple[str, ...]
+    channels: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -111,13 +135,13 @@ class _Partial:
     labels: Mapping[int, int]  # the student's -> the teacher's
 
 
-def match(teacher: Side, student: Side, given: Mapping[str, tuple[str, ...]] | None = None) -> Matching:
+def match(teacher: Side, student: Side, given: Mapping[str, Given] | None = None) -> Matching:
     """Find for each layer of the student the teacher's.
 
     Parameters
     ----------
     teacher, student : Side
-    given : {teacher's layer: row of the student's, empty for none}, optional
+    given : {teacher's layer: Given}, optional
         What is known already; it is taken as it is.
     """
     given = given or {}
@@ -137,23 +161,23 @@ def match(teacher: Side, student: Side, given: Mapping[str, tuple[str, ...]] | N
 class _Search:
     """What a pair adds to a matching."""
 
-    def __init__(self, teacher: Side, student: Side, given: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(self, teacher: Side, student: Side, given: Mapping[str, Given]) -> None:
         self.teacher, self.student, self.given = teacher, student, given
         self.rows = [row for name in student.net.layers for row in rows(student.net, student.wiring, name)]
         self.known: dict[tuple[object, ...], tuple[Likeness, Array | None]] = {}
-        self.reserved = {name for row in given.values() for name in row}
+        self.fits: dict[tuple[str, tuple[str, ...]], bool] = {}
+        self.reserved = {name for one in given.values() for name in one.row}
 
     def extended(self, partial: _Partial, name: str) -> Iterator[_Partial]:
         """Yield the matchings that this one becomes with one more of the teacher's layers."""
         if name in self.given:
-            row = self.given[name]
+            row = self.given[name].row
             yield self._with(partial, name, row, 0.0) if row else partial
             return
         yield replace(partial, score=partial.score - _ABSENT)
-        layer = self.teacher.net.layers[name]
         reads = frozenset(partial.ends.get(s, s) for s in self.teacher.wiring.inputs[name].sources)
         reads -= set(self.teacher.net.layers) - set(partial.ends.values())
-        fitting = [row for row in self.rows if not partial.used & set(row) and self._fits(layer, row)]
+        fitting = [row for row in self.rows if not partial.used & set(row) and self._fits(name, row)]
         shares = [_share(reads, self.student.wiring.inputs[row[0]].sources) for row in fitting]
         # Where a row reads exactly what the layer reads, others have no chance.
         least = 0.5 if max(shares, default=0.0) >= 0.5 else 0.0
@@ -161,20 +185,11 @@ class _Search:
             if share >= least and not self.reserved & set(row):
                 yield self._with(partial, name, row, share)
 
-    def _fits(self, layer: Layer, row: tuple[str, ...]) -> bool:
-        """Whether kernel, strides and sizes of a row allow it to be this layer."""
-        net, first, last = self.student.net, self.student.net.layers[row[0]], self.student.net.layers[row[-1]]
-        if kind(layer) != kind(last) or len(layer.kernel) != len(last.kernel):
-            return False
-        if len(last.out_ids) > len(layer.out_ids):
-            return False
-        if not layer.kernel:
-            return layer.positions == last.positions
-        theirs = (self.teacher.net.shapes.get(layer.input, ())[2:], self.teacher.net.shapes.get(layer.name, ())[2:])
-        ours = (net.shapes.get(first.input, ())[2:], net.shapes.get(last.name, ())[2:])
-        strides = np.prod([net.layers[name].strides for name in row], axis=0)
-        reach = [(k - 1) * d + 1 for k, d in zip(layer.kernel, layer.dilations, strict=True)]
-        return theirs == ours and tuple(strides) == layer.strides and reach == _reach(net, row)
+    def _fits(self, name: str, row: tuple[str, ...]) -> bool:
+        if (name, row) not in self.fits:
+            why = misfit(self.teacher.net, name, self.student.net, self.student.wiring, row)
+            self.fits[name, row] = not why
+        return self.fits[name, row]
 
     def _with(self, partial: _Partial, name: str, row: tuple[str, ...], share: float) -> _Partial:
         layer, last = self.teacher.net.layers[name], self.student.net.layers[row[-1]]
@@ -184,7 +199,7 @@ class _Search:
         for ours, theirs in zip(last.out_ids, layer.out_ids[likeness.channels], strict=True):
             labels.setdefault(int(ours), int(theirs))
         width = len(last.out_ids) / len(layer.out_ids)
-        by = "file" if name in self.given else likeness.by
+        by: Literal["weights", "activations", "file"] = "file" if name in self.given else likeness.by
         pair = Pair(name, row, likeness.channels, inputs, likeness.confidence, by)
         return _Partial(
             partial.score + likeness.confidence + _SAME_SOURCES * share + _SAME_READERS * same_readers + _WIDTH * width,
@@ -210,8 +225,63 @@ class _Search:
                 inputs,
                 known if whole else None,
             )
-            self.known[key] = found, inputs
+            own = self.given[name].channels if name in self.given else None
+            self.known[key] = (found if own is None else replace(found, channels=own)), inputs
         return self.known[key]
+
+
+def misfit(teacher: Net, name: str, student: Net, wiring: Wiring, row: Sequence[str]) -> str:
+    """Return why a row of the student's layers cannot stand for a layer of the teacher; nothing where it can."""
+    layer, first, last = teacher.layers[name], student.layers[row[0]], student.layers[row[-1]]
+    if tuple(row) not in rows(student, wiring, row[-1]):
+        return f"{_listed(row)} do not stand in a row: each has to read the one before it, and nothing else to."
+    if kind(layer) != kind(last) or len(layer.kernel) != len(last.kernel):
+        return f"'{row[-1]}' is a {last.op}, and the teacher's layer a {layer.op} of another kind."
+    if len(last.out_ids) > len(layer.out_ids):
+        return f"'{row[-1]}' puts out {len(last.out_ids)} channels, and the teacher's layer {len(layer.out_ids)}."
+    theirs = teacher.shapes.get(layer.input, ())[2:], teacher.shapes.get(layer.name, ())[2:]
+    ours = student.shapes.get(first.input, ())[2:], student.shapes.get(last.name, ())[2:]
+    if (theirs != ours) if layer.kernel else (layer.positions != last.positions):
+        return f"{_listed(row)} turns {ours[0]} into {ours[1]}, the teacher's layer {theirs[0]} into {theirs[1]}."
+    if not layer.kernel:
+        return ""
+    strides = tuple(int(step) for step in np.prod([student.layers[part].strides for part in row], axis=0))
+    window = [(k - 1) * d + 1 for k, d in zip(layer.kernel, layer.dilations, strict=True)]
+    if strides != layer.strides or _reach(student, row) != window:
+        seen = f"sees a window of {_reach(student, row)} in steps of {list(strides)}"
+        return f"{_listed(row)} {seen}, the teacher's layer one of {window} in steps of {list(layer.strides)}."
+    return ""
+
+
+def _listed(row: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in row)
+
+
+def check_alike(matching: Matching, names: tuple[str, str], again: str) -> None:
+    """Raise ModelError for a student that is another teacher's, as far as can be seen.
+
+    Parameters
+    ----------
+    matching : Matching
+    names : (teacher, student)
+        Their files.
+    again : str
+        The command that writes the matching to a file, for the message.
+    """
+    if matching.pairs and matching.confidence >= ENOUGH:
+        return
+    best = sorted(matching.pairs, key=lambda pair: -pair.confidence)
+    lines = [f"'{pair.student[-1]}' as '{pair.teacher}': {pair.confidence:.2f}" for pair in best[:_LISTED]]
+    if len(best) > _LISTED:
+        lines.append(f"and {len(best) - _LISTED} more, down to {best[-1].confidence:.2f}")
+    if matching.alone:
+        lines.append(f"{len(matching.alone)} of its layers are like none, such as '{matching.alone[0]}'")
+    raise ModelError(
+        f"'{names[1]}' does not look like a student of '{names[0]}': their layers match with a confidence of "
+        f"{matching.confidence:.2f}, and {ENOUGH} is the least.\n  "
+        + "\n  ".join(lines)
+        + f"\n  If it is one, correct the matching and pass it: {again}"
+    )
 
 
 def _reach(net: Net, row: Sequence[str]) -> list[int]:

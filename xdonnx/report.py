@@ -18,8 +18,8 @@ from pydantic_core import to_jsonable_python
 from xdonnx.errors import JobError
 from xdonnx.events import legible
 
-# 1.1 has the worst shots, and says which outputs were not compared.
-SCHEMA_VERSION = "1.1"
+# 1.1 has the worst shots, and says which outputs were not compared. 1.2 says how a given student was matched.
+SCHEMA_VERSION = "1.2"
 
 # The unit of a gate and the decimals in which it is shown, where these suffice to see whether the limit was kept.
 UNITS = {"points": 2, "relative L2": 6, "fraction": 4, "ratio": 3, "bytes": 0, "weights": 0}
@@ -218,6 +218,18 @@ class LayerResult(BaseModel):
     note: str = ""
 
 
+class MatchResult(BaseModel):
+    """A layer of the teacher and what a given student has in its place, by the values that they make."""
+
+    model_config = STRICT
+    teacher: str
+    student: tuple[str, ...] = Field(description="layers in a row; the last puts out what the teacher's does")
+    kept: int = Field(description="channels of the teacher's that the student has")
+    units: int
+    confidence: float = Field(description="0 for unrelated layers, 1 for identity")
+    by: Literal["weights", "activations", "file"]
+
+
 class InterfaceCheck(BaseModel):
     """'same', or a line for each difference; the doc string counts as metadata."""
 
@@ -251,6 +263,7 @@ class Report(BaseModel):
     layers: tuple[LayerResult, ...] = ()
     interface: InterfaceCheck | None = None
     warnings: tuple[str, ...] = ()
+    matches: tuple[MatchResult, ...] = ()
     fit_samples: int | None = Field(None, description="samples that fitted the student; None for two given files")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from xdonnx.samples import Request
 
 DEFAULT_TARGET = ("macs", 0.5)
 ALLOCATIONS = ("auto", "measured", "uniform")
+# The methods that can refit a student which another tool made, and the efforts that they know there.
+REFITTING, REFITTING_EFFORTS = ("cross", "fskd"), ("balanced", "fast")
 
 
 class Job(BaseModel):
@@ -43,6 +45,8 @@ class Job(BaseModel):
     macs: float | None = None
     params: float | None = None
     plan: Path | None = None
+    student: Path | None = None
+    match: Path | None = None
     structure: str = "channel"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -97,6 +101,13 @@ class Job(BaseModel):
     def budget(self) -> Budget:
         """Return the target, of kind 'plan' where a file says what stays; raises JobError when several are given."""
         given = {kind: getattr(self, kind) for kind in (*KINDS, "plan") if getattr(self, kind) is not None}
+        if self.student is not None:
+            self._check_student(given)
+            return Budget("student", 1.0, self.structure)
+        if self.match is not None:
+            raise JobError(
+                "--match says how a given student is matched, and there is none.\n  Pass --student FILE too."
+            )
         if len(given) > 1:
             flags = " and ".join(f"--{kind}" for kind in given)
             raise JobError(f"{flags} are both given.\n  Give one target.")
@@ -117,6 +128,31 @@ class Job(BaseModel):
         kind, amount = next(iter(given.items())) if given else (("keep", 0.5) if pattern else DEFAULT_TARGET)
         return Budget(kind, amount, self.structure, self.include, self.exclude, self.round_to, self.residual)
 
+    def _check_student(self, targets: Mapping[str, Any]) -> None:
+        """Raise JobError for what says how much goes, or which: nothing does from a given student."""
+        choices = {**targets, **{name: getattr(self, name) for name in ("include", "exclude", "round_to", "residual")}}
+        choices |= {"structure": self.structure != "channel", "allocation": self.allocation != "auto"}
+        for name in (name for name, value in choices.items() if value):
+            raise JobError(
+                f"--{name.replace('_', '-')} has no say where --student is given: nothing more is removed from it.\n"
+                "  Leave one of the two out."
+            )
+
+    def _check_refitting(self, names: Sequence[str]) -> None:
+        """Raise JobError for methods and options that cannot refit a given student."""
+        for name in names:
+            if name not in REFITTING:
+                raise JobError(
+                    f"--method {name} does not refit a given --student.\n  Those that do: {', '.join(REFITTING)}."
+                )
+        if self.preset_effort not in REFITTING_EFFORTS:
+            raise JobError(
+                f"--preset-effort {self.preset_effort} does not go with --student.\n"
+                f"  Those that do: {', '.join(REFITTING_EFFORTS)}."
+            )
+        if self.solver != "auto":
+            raise JobError("--solver chooses what goes, and nothing goes from a given --student.\n  Leave it out.")
+
     def asked(self) -> Request:
         """Return which samples are wanted."""
         return Request(**{field.name: getattr(self, field.name) for field in fields(Request)})
@@ -124,6 +160,8 @@ class Job(BaseModel):
     def target(self) -> str:
         """Return the target in a few words."""
         budget = self.budget()
+        if self.student is not None:
+            return f"{budget.structure} student {self.student.name}"
         return f"{budget.structure} " + (f"plan {self.plan.name}" if self.plan else f"{budget.kind} {budget.amount:g}")
 
     def measured(self) -> bool:
@@ -145,6 +183,8 @@ class Job(BaseModel):
         options = self.model_dump(include={"connection", "mu", "alpha", "beta", "solver", "ridge", "views", "steps"})
         options["effort"] = self.preset_effort
         names = self.method
+        if self.student is not None:
+            self._check_refitting(names)
         if self.preset_effort == "best" and names == ("cross",):
             names = ("cross", "tune")  # the best accuracy comes with a last stage over all layers
         made = [make(name, options) for name in names]

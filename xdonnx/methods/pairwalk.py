@@ -145,7 +145,7 @@ def own_weights(net: Net, layer: Layer, tensors: Mapping[str, np.ndarray], devic
     weight, bias = layer_tensors(net, layer, device)
     if layer.weight in tensors:
         weight = stored(layer, torch.tensor(tensors[layer.weight]).to(weight))
-    if bias is not None and layer.bias in tensors:
+    if bias is not None and layer.bias is not None and layer.bias in tensors:
         bias = torch.tensor(tensors[layer.bias]).to(bias)
     return weight, bias
 

@@ -1,14 +1,10 @@
-"""Refit a student that another tool pruned or decomposed: nothing more is removed, its structure stays.
+"""Cross distillation (Bai, Wu, King, Lyu, AAAI 2020) for a given student: its matched layers are refitted.
 
-FSKD (Li, Li, Liu, Zhang, CVPR 2020, arXiv:1812.01839): behind every matched convolution, before anything that is not
-linear, stands a 1x1 layer `Q z + q`. In graph order, those before it already set, it is fitted by least squares: z is
-what the student's convolution puts out, the target what the teacher's does, of the channels that the student kept. Then
-it is merged: the weight becomes Q W, the bias Q b + q, and nothing has grown. The paper leaves out q and fits without
-a ridge; here Q is pulled toward the identity, as hard as three folds of the samples say.
-
-Cross distillation (Bai, Wu, King, Lyu, AAAI 2020) refits the matched layers themselves. Where one layer stands for one,
-each of its input channels is one of the teacher's, and teacher and student can be crossed as in `xdonnx.connection`. The
-last layer of a row reads what no layer of the teacher reads: it is fitted by regression onto the teacher's outputs.
+Where one layer stands for one, each of its input channels is one of the teacher's, and teacher and student are crossed
+as in `xdonnx.connection`: where a connection shows the student's input to the teacher's weights, channels that the
+student lacks read the teacher's. The last layer of a row, which took the place of one, reads what no layer of the
+teacher reads: it is fitted by regression, on its own input, onto what the teacher's layer puts out. A ridge pulls
+toward the student's own weights.
 """
 
 from __future__ import annotations
@@ -23,181 +19,18 @@ import torch
 from torch import Tensor
 
 from xdonnx.columns import Geometry, from_matrix, to_matrix
-from xdonnx.connection import Connection, Quadratic, damped, objective, projected, regression, restricted
-from xdonnx.convert import layer_tensors, run_layer, stored
-from xdonnx.crossval import measure_folds
+from xdonnx.connection import Quadratic, damped, objective, projected, regression, restricted
+from xdonnx.convert import layer_tensors
+from xdonnx.crossval import Candidate, measure_folds
 from xdonnx.graph import Net
 from xdonnx.methods.joint import WIDEST
 from xdonnx.methods.layerwise import LEAST_RIDGE, MOST_FOLDED, WIDEST_FOLDED, Trace
+from xdonnx.methods.mixing import Mixing, keep
 from xdonnx.methods.pairwalk import Meeting, Weights
 from xdonnx.moments import enough, paired
 from xdonnx.solve import refit
 
-# Pulls of a 1x1 layer toward the identity that folds choose among, relative to the mean energy of the outputs.
-PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS, LEAN = 3, 0.05
-Candidate = tuple[Connection, float]
-
-
-@dataclass(frozen=True, eq=False)
-class Mixer:
-    """A 1x1 layer `Q z + q` behind a convolution, group by group.
-
-    Parameters
-    ----------
-    q : (g, o, o)
-    constant : (g * o,)
-    """
-
-    q: Tensor
-    constant: Tensor
-
-    def merged(self, weight: Tensor, bias: Tensor | None, seen: Geometry) -> Weights:
-        """Return weight and bias of the convolution that does the work of both; exact, for both are linear."""
-        matrix = to_matrix(weight, bias, seen).double()
-        matrix = self.q.to(matrix) @ matrix
-        made, fitted = from_matrix(matrix, seen, bias is not None, tuple(weight.shape))
-        if bias is not None and fitted is not None:
-            return made.to(weight), (fitted + self.constant.to(fitted)).to(bias)
-        return made.to(weight), None
-
-
-@dataclass(frozen=True, eq=False)
-class _Sums:
-    """Sums over positions: of outputs z (g, o, p) and targets y, and of their products."""
-
-    count: int
-    z: Tensor
-    y: Tensor
-    zz: Tensor
-    yz: Tensor
-    yy: Tensor
-
-    def __add__(self, other: _Sums) -> _Sums:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _Sums(*(a + b for a, b in pairs))
-
-    def centred(self, *, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean products of z with z, y with z and y with y, about their means where a constant is fitted."""
-        zz, yz, yy = self.zz / self.count, self.yz / self.count, self.yy / self.count
-        if not bias:
-            return zz, yz, yy
-        z, y = self.z / self.count, self.y / self.count
-        return zz - z @ z.mT, yz - y @ z.mT, yy - y.square().sum((1, 2))
-
-    def mixer(self, pull: float, *, bias: bool) -> Mixer:
-        """Fit `Q z + q` to y, Q pulled toward the identity."""
-        zz, yz, _ = self.centred(bias=bias)
-        energy = zz.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-        damping = pull * energy.where(energy > 0, 1.0)
-        factor = torch.linalg.cholesky(zz + torch.diag_embed(damping.expand(zz.shape[:2])))
-        q = torch.eye(zz.shape[1]).to(zz) + torch.cholesky_solve((yz - zz).mT, factor).mT
-        constant = (self.y - q @ self.z) / self.count if bias else torch.zeros_like(self.z)
-        return Mixer(q, constant.flatten())
-
-    def error(self, mixer: Mixer) -> float:
-        """Return the sum of squared errors of a mixer on these positions."""
-        constant = mixer.constant.reshape(self.z.shape)
-        q = mixer.q
-        found = (q @ self.zz * q).sum() - 2 * (self.yz * q).sum() + self.yy.sum()
-        found = found + 2 * (constant * (q @ self.z - self.y)).sum() + self.count * constant.square().sum()
-        return float(found)
-
-
-def _sums(z: Tensor, y: Tensor, groups: int) -> _Sums:
-    def grouped(value: Tensor) -> Tensor:
-        flat = value.double().movedim(1, 0).flatten(1)
-        return flat.reshape(groups, flat.shape[0] // groups, -1)
-
-    ours, theirs = grouped(z), grouped(y)
-    return _Sums(
-        ours.shape[2],
-        ours.sum(2, keepdim=True),
-        theirs.sum(2, keepdim=True),
-        ours @ ours.mT,
-        theirs @ ours.mT,
-        theirs.square().sum((1, 2)),
-    )
-
-
-@dataclass(eq=False)
-class Mixing:
-    """FSKD at every meeting: remembers the 1x1 layers that it merged.
-
-    Parameters
-    ----------
-    samples : int
-        Rows of all chunks; row r belongs to fold `r % FOLDS`.
-    ridge : float, optional
-        Pull toward the identity; None: as folds say.
-    """
-
-    net: Net
-    samples: int
-    ridge: float | None = None
-    mixers: dict[str, Mixer] = field(default_factory=dict)
-    tensors: dict[str, np.ndarray] = field(default_factory=dict)
-    traces: list[Trace] = field(default_factory=list)
-
-    def __call__(self, meeting: Meeting) -> Weights | None:
-        """Fit and merge one layer; None where it is no convolution or shares its weight."""
-        layer, began = meeting.layer, time.perf_counter()
-        if not layer.kernel or layer.weight in self.net.shared:
-            return None
-        outputs = [run_layer(layer, x, meeting.weight, meeting.bias) for x in meeting.source]
-        folds = _fold_sums(outputs, meeting.target, layer.groups, self.samples)
-        bias = meeting.bias is not None
-        mixer = self._best(folds, bias=bias)
-        whole = _total(folds)
-        same = Mixer(torch.eye(mixer.q.shape[1]).to(mixer.q).expand_as(mixer.q), torch.zeros_like(mixer.constant))
-        energy = max(float(whole.centred(bias=True)[2].sum()) * whole.count, 1e-30)
-        self.mixers[layer.name] = mixer
-        weights = mixer.merged(meeting.weight, meeting.bias, meeting.geometry)
-        keep(self.tensors, meeting, weights)
-        spent = time.perf_counter() - began
-        self.traces.append(Trace(layer.name, whole.error(same) / energy, whole.error(mixer) / energy, spent))
-        return weights
-
-    def _best(self, folds: Sequence[_Sums], *, bias: bool) -> Mixer:
-        if self.ridge is not None:
-            return _total(folds).mixer(max(self.ridge, 1e-10), bias=bias)
-        errors = [0.0] * len(PULLS)
-        if len(folds) > 1:
-            for at, unseen in enumerate(folds):
-                seen = _total([fold for other, fold in enumerate(folds) if other != at])
-                for index, pull in enumerate(PULLS):
-                    errors[index] += unseen.error(seen.mixer(pull, bias=bias))
-        best = int(np.argmin(errors)) if len(folds) > 1 else len(PULLS) // 2
-        return _total(folds).mixer(PULLS[best], bias=bias)
-
-
-def _fold_sums(outputs: Sequence[Tensor], target: Sequence[Tensor], groups: int, samples: int) -> list[_Sums]:
-    found: dict[int, _Sums] = {}
-    start = 0
-    for z, y in zip(outputs, target, strict=True):
-        owner = torch.arange(start, start + len(z), device=z.device) % max(samples, 1) % FOLDS
-        start += len(z)
-        for fold in range(FOLDS):
-            mine = owner == fold
-            if bool(mine.any()):
-                sums = _sums(z[mine], y[mine], groups)
-                found[fold] = found[fold] + sums if fold in found else sums
-    return list(found.values())
-
-
-def _total(folds: Sequence[_Sums]) -> _Sums:
-    total = folds[0]
-    for fold in folds[1:]:
-        total = total + fold
-    return total
-
-
-def keep(tensors: dict[str, np.ndarray], meeting: Meeting, weights: Weights) -> None:
-    """Write a layer's new weights down as the file stores them."""
-    layer = meeting.layer
-    tensors[layer.weight] = stored(layer, weights[0]).cpu().numpy()
-    if layer.bias is not None and weights[1] is not None:
-        tensors[layer.bias] = weights[1].cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +96,7 @@ class Crossing:
 
     def _mixed(self, meeting: Meeting) -> Weights | None:
         """Mend a layer with more columns than a system can have by a mixture of its outputs."""
-        mixing = Mixing(self.net, self.samples)
+        mixing = Mixing(self.net, self.rows, self.samples)
         weights = mixing(meeting)
         self.tensors.update(mixing.tensors)
         self.traces += mixing.traces
@@ -357,15 +190,15 @@ def _onto(
     source: list[Tensor], target: list[Tensor], geometry: Geometry, *, bias: bool, each: int, dtype: torch.dtype
 ) -> tuple[Quadratic, int]:
     """Return the mean squared error of a layer's weights on its input against given outputs, and the positions."""
-    hess = lin = const = None
+    sums: list[Tensor] = []
     count = 0
     for x, _, part in paired(source, source, geometry, bias=bias, each=each, dtype=dtype):
         y = part.outputs(target, geometry).to(x)
-        found = ((x @ x.mT).double(), (y @ x.mT).double(), y.double().square().sum((1, 2)))
-        hess, lin, const = found if hess is None else (hess + found[0], lin + found[1], const + found[2])
+        found = [(x @ x.mT).double(), (y @ x.mT).double(), y.double().square().sum((1, 2))]
+        sums = [one + more for one, more in zip(sums, found, strict=True)] if sums else found
         count += x.shape[2]
-    assert hess is not None and lin is not None and const is not None
-    return Quadratic(hess / count, lin / count, const / count), count
+    hess, lin, const = (one / count for one in sums)
+    return Quadratic(hess, lin, const), count
 
 
 def _mean(errors: Sequence[Quadratic], counts: Sequence[int]) -> Quadratic:
