@@ -92,7 +92,9 @@ class Stop(Exception):
 
 
 def flags(command: Any) -> set[str]:
-    return set(flags_of(grouped(command))) - OF_THE_TERMINAL - POSITIONAL
+    # Of verify an argument, of compress a flag.
+    positional = POSITIONAL - {"student"} if command is compress_command else POSITIONAL
+    return set(flags_of(grouped(command))) - OF_THE_TERMINAL - positional
 
 
 def typed(name: str) -> list[str]:

@@ -25,6 +25,8 @@ _LARGEST = 1 << 26
 _SILENT = 1e-6
 # Cosines this close to 1 are those of equal filters in float32, and outweigh all else.
 _ROUNDING, _EQUAL = 1e-5, 4.0
+# By how much the likeness of channels in another order has to exceed that of channels in order, of at most 2.
+_CLEARLY = 0.1
 # Likeness at which a choice among so many says nothing is never put higher than this.
 _MOST_BY_CHANCE = 0.95
 
@@ -193,7 +195,8 @@ def alike(
     activations = _beyond_chance(by_output[rows, known], chance, np.asarray(theirs.any((1, 2))))
     weights = None
     if by_weight is not None:
-        among = len(ours) if free else 1
+        in_order = len(known) == len(ours) and bool((np.diff(known) > 0).all())
+        among = len(ours) if free and not in_order else 1
         chosen = np.full(len(rows), sqrt(2 * log(max(among, 1)) / max(by_weight.length, 1)))
         # Cosines add up over hundreds of weights: what is little beyond chance is much evidence already.
         weights = sqrt(_beyond_chance(by_weight.cosines[rows, known], chosen, by_weight.alive))
@@ -201,14 +204,35 @@ def alike(
 
 
 def assigned(likeness: Array) -> Array:
-    """Return for each row the column that makes the sum largest, no column twice; of equals those in order."""
+    """Return which column each row is: those that make the sum largest, no column twice.
+
+    Pruning keeps the order of channels, so columns in order are taken unless others are clearly more alike: where
+    channels are alike among themselves or dead, the order is all there is to go by.
+    """
     from scipy.optimize import linear_sum_assignment
 
-    outputs, wanted = likeness.shape
-    # Pruning keeps the order of channels, and so ties (dead channels, all alike) are best broken in that order.
-    far = np.abs(np.arange(outputs)[:, None] / max(outputs, 1) - np.arange(wanted) / max(wanted, 1))
-    chosen: Array = linear_sum_assignment(likeness - 1e-6 * far, maximize=True)[1]
-    return chosen
+    rows = np.arange(len(likeness))
+    ordered = _in_order(likeness)
+    free: Array = linear_sum_assignment(likeness, maximize=True)[1]
+    gained = float((likeness[rows, free] - likeness[rows, ordered]).mean())
+    return free if gained > _CLEARLY else ordered
+
+
+def _in_order(likeness: Array) -> Array:
+    """Return the rising columns that make the sum largest, by dynamic programming over the rows."""
+    count, columns = likeness.shape
+    best = np.zeros(columns + 1)
+    reached = []
+    for row in likeness:
+        # Of the best sums that end at or before each column, this row's own column last.
+        own = best[:-1] + row
+        best = np.concatenate([[-np.inf], np.maximum.accumulate(own)])
+        reached.append(own)
+    found, end = np.zeros(count, np.int64), columns
+    for at in range(count - 1, -1, -1):
+        found[at] = int(np.argmax(reached[at][:end]))
+        end = int(found[at])
+    return found
 
 
 @dataclass(frozen=True, eq=False)
