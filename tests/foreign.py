@@ -70,7 +70,7 @@ def decomposed(
             copy.graph.initializer.append(numpy_helper.from_array(weight.astype(np.float32), weight_name))
             nodes.append(
                 helper.make_node(
-                    "Conv", [value, weight_name, *(node.input[2:] if last else ())], [name], name=f"{node.name}_{at}",
+                    "Conv", [value, weight_name, *(node.input[2:] if last else ())], [name], name=f"{name}_node",
                     group=groups, kernel_shape=weight.shape[2:], **_window(attributes, axes),
                 )
             )  # fmt: skip

@@ -52,7 +52,8 @@ TORCH_FREE = {
     "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verification", "fidelity", "patch", "budget",
     "worst", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths", "planfile",
     "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
-    "tensors", "samples", "judging", "files", "figures", "wanted", "likeness", "wiring", "matching", "matchfile", "given",
+    "tensors", "samples", "judging", "files", "figures", "wanted",
+    "likeness", "wiring", "matching", "matchfile", "given",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",

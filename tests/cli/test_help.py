@@ -16,7 +16,8 @@ PIXELS = "--preset --mean --std --scale --color --layout --resize --crop --input
 LIMITS = "--max-drop --max-error --min-shrink --max-latency-ratio --confidence --warn-only"
 FLAGS = {
     "compress": f"{DATA} {PIXELS} {LIMITS} --macs --params --keep --structure --include --exclude --round-to "
-    "--plan --student --match --allocation --residual --method --connection --mu --alpha --beta --solver --ridge --preset-effort --out "
+    "--plan --student --match "
+    "--allocation --residual --method --connection --mu --alpha --beta --solver --ridge --preset-effort --out "
     "-o --force --external-data --report-dir --json --device --seed --dry-run --quiet -q --verbose -v --no-progress "
     "--config -h --help",
     "plan": f"{DATA} {PIXELS} --macs --params --keep --structure --include --exclude --round-to --residual "
