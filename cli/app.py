@@ -24,6 +24,7 @@ from xdonnx_cli.flags import SWITCH
 from xdonnx_cli.grouping import HELP, grouped
 from xdonnx_cli.inspection import inspect
 from xdonnx_cli.judging import gate, verify
+from xdonnx_cli.matching import match
 from xdonnx_cli.methods import methods
 from xdonnx_cli.options import flags_of
 from xdonnx_cli.planning import plan
@@ -57,6 +58,11 @@ COMMANDS: tuple[tuple[Callable[..., int], str], ...] = (
         decompose,
         "xdonnx decompose model.onnx --macs 60% -o student.onnx\n\n"
         "xdonnx decompose model.onnx --scheme spatial --energy 95% -o student.onnx --dry-run",
+    ),
+    (
+        match,
+        "xdonnx match model.onnx pruned.onnx --shots photos/ -o match.toml\n\n"
+        "xdonnx compress model.onnx --student pruned.onnx --match match.toml --shots photos/ -o student.onnx",
     ),
     (inspect, "xdonnx inspect model.onnx\n\nxdonnx inspect model.onnx --input-shape image:1x3x640x640 --json"),
     (verify, "xdonnx verify model.onnx student.onnx --shots fresh/ --max-drop 1 --confidence 95%"),

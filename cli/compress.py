@@ -13,7 +13,22 @@ import typer
 from xdonnx.errors import MachineError
 from xdonnx_cli.configuration import Origins
 from xdonnx_cli.ending import attempted
-from xdonnx_cli.flags import PLAN, SMALLEST, SWITCH, Data, Limits, Pixels, Recipe, Sizes, Talk, Target, output, running
+from xdonnx_cli.flags import (
+    MATCH,
+    PLAN,
+    SMALLEST,
+    STUDENT,
+    SWITCH,
+    Data,
+    Limits,
+    Pixels,
+    Recipe,
+    Sizes,
+    Talk,
+    Target,
+    output,
+    running,
+)
 from xdonnx_cli.output import command_line, put_json, tables
 from xdonnx_cli.progress import told
 from xdonnx_cli.wanted import check_cheaply, fields, library
@@ -59,6 +74,8 @@ def compress(
     origins: Origins,
     plan: Annotated[Path | None, PLAN] = None,
     smallest: Annotated[bool, SMALLEST] = False,
+    student: Annotated[Path | None, STUDENT] = None,
+    match: Annotated[Path | None, MATCH] = None,
 ) -> int:
     """Make an ONNX CNN smaller and faster from a handful of samples, and check it in onnxruntime.
 
@@ -75,13 +92,15 @@ def compress(
         "method": tuple(recipe.method or ("cross",)),
         "pool": tuple(recipe.pool or ()),
         "smallest": smallest,
+        "student": student,
+        "match": match,
     }
     if files.dry_run:
-        check_cheaply(model, target, options["method"])
+        check_cheaply(model, target, options["method"], student)
         return _dry_run(_job(model, plan, options, fields(data, pixels, sizes, target), limits, files), origins, talk)
     asked = {"model": model, "out": files.out, **vars(data), **vars(target), **options, "plan": plan}
     with attempted(_own(folder, files), asked, device=files.device, seed=files.seed) as attempt:
-        check_cheaply(model, target, options["method"])
+        check_cheaply(model, target, options["method"], student)
         check_student(files.out, model, force=files.force, external=files.external_data)
         job = _job(model, plan, options, fields(data, pixels, sizes, target), limits, files)
         with told(talk) as log:

@@ -32,9 +32,9 @@ from xdonnx_cli.terminal import say, stderr
 
 PREFIX = "XDONNX_"
 # A key of several commands is of the kind that the first of these has: --json of inspect is another, a switch.
-CONFIGURED = ("compress", "plan", "verify", "gate", "inspect", "bench")
+CONFIGURED = ("compress", "plan", "match", "verify", "gate", "inspect", "bench")
 # Meant something else by each command, so it stands in a command's own table.
-OWN = ("out", "report_dir")
+OWN = ("out", "report_dir", "student")
 # Of ours, but no options: the folder of real models that tests run on, and the one that says which file.
 _OTHERS = ("XDONNX_DATA", "XDONNX_CONFIG", "XDONNX_CACHE")
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")

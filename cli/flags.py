@@ -40,7 +40,7 @@ output = panel("Output")
 running = panel("Run")
 
 
-# Of compress alone: what another command made, and what only its gate can end.
+# Of compress alone: what another command made, or another tool, and what only its gate can end.
 PLAN = target("--plan", "FILE", "What xdonnx plan wrote, edited or not.")
 SMALLEST = target(
     "--smallest",
@@ -48,6 +48,8 @@ SMALLEST = target(
     "As few MACs as the gate allows, found by halving: some six students are made and judged. Wants --max-drop or "
     "--max-error.",
 )
+STUDENT = target("--student", "FILE", "Refit this student, which another tool pruned or decomposed; nothing more goes.")
+MATCH = method("--match", "FILE", "Of --student: what xdonnx match wrote, edited or not. Default: found anew.")
 
 
 def fraction(text: str) -> float:

@@ -26,7 +26,7 @@ _EXAMPLES = {
     "method": '["cross", "tune"]', "warn_only": '["max-latency-ratio"]', "structure": '"channel"', "color": '"rgb"',
     "std": "[0.229, 0.224, 0.225]", "max_error": "0.1", "max_latency_ratio": "1.0", "confidence": '"95%"',
     "model": '"model.onnx"', "teacher": '"model.onnx"', "student": '"student.onnx"', "report": '"student.report"',
-    "out": '"student.onnx"', "json": '"-"', "plan": '"plan.toml"', "labels": '"labels.txt"',
+    "out": '"student.onnx"', "json": '"-"', "plan": '"plan.toml"', "match": '"match.toml"', "labels": '"labels.txt"',
     "min_shrink": '"10%"', "scale": "255.0", "shots": '"photos"', "report_dir": '"report"',
     "PATH": '"photos"', "FILE": '"file.txt"', "DIR": '"folder"', "K": "5", "N": "100", "F|PATH": "0.2", "P": '"50%"',
     "A,B,C": "[0.485, 0.456, 0.406]", "X": "0.5", "PX": "256", "F": "0.5", "POINTS": "1.0", "PATTERN": '["stage3*"]',

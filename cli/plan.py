@@ -20,6 +20,7 @@ _SPLITS = {
     "file": "as the plan says",
     "measured": "by measured error curves",
     "uniform": "the same fraction in every layer",
+    "given": "as the given student has it",
 }
 
 
@@ -30,6 +31,8 @@ def predicted(ready: Prepared) -> dict[str, int]:
     from xdonnx.budget import macs, params, pattern_of, pretend
 
     net, plan = ready.net, ready.plan
+    if ready.given is not None:
+        return _of_given(ready)
     keep = pretend(net, plan.channels)
     gone = sum(int(net.array(net.layers[name].weight).size) - kept for name, kept in plan.weights.items())
     pattern = pattern_of(plan.structure)
@@ -45,9 +48,21 @@ def predicted(ready: Prepared) -> dict[str, int]:
     }
 
 
+def _of_given(ready: Prepared) -> dict[str, int]:
+    assert ready.given is not None
+    found = {}
+    for whose, net in (("teacher", ready.net), ("student", ready.given.net)):
+        found[f"{whose}_macs"] = sum(layer.macs for layer in net.layers.values())
+        found[f"{whose}_params"] = sum(layer.params for layer in net.layers.values())
+    return found
+
+
 def rows(ready: Prepared) -> Iterator[dict[str, Any]]:
     """Yield what each group of channels, or each layer, keeps."""
     net, plan = ready.net, ready.plan
+    for pair in ready.given.matching.pairs if ready.given else ():
+        units = len(net.layers[pair.teacher].out_ids)
+        yield {"name": pair.teacher, "kept": len(pair.channels), "units": units, "readers": list(pair.student)}
     for at, count in plan.channels.items():
         group = net.groups[at]
         yield {"name": group.name, "kept": count, "units": len(group.ids), "readers": list(group.readers)}
@@ -82,7 +97,7 @@ def show_plan(console: Console, job: Job, ready: Prepared, origins: Origins) -> 
     for name, value in _given(found["job"]):
         table.add_row(f"  {name.replace('_', '-')}", value, Text(_origin(name, origins), "dim"))
     budget = job.budget()
-    if job.plan is None:
+    if job.plan is None and job.student is None:
         wanted = "" if job.smallest else f" {budget.told.replace('%', ' %')}"
         table.add_row("  target", f"{budget.kind}{wanted}", "the first try" if job.smallest else "")
     table.add_row("  split", _SPLITS[found["split"]], "")
@@ -92,7 +107,12 @@ def show_plan(console: Console, job: Job, ready: Prepared, origins: Origins) -> 
     single = job.structure != "channel"
     names = shortened((row["name"] for row in found["plan"]), room(console, 30, names=1 if single else 2))
     others = shortened((name for row in found["plan"] for name in row["readers"]), room(console, 42, names=2))
-    table = plain_table("  weights of" if single else "  channels of", "kept", "of", *(() if single else ("read by<",)))
+    table = plain_table(
+        "  weights of" if single else "  channels of",
+        "kept",
+        "of",
+        *(() if single else ("made by<" if ready.given else "read by<",)),
+    )
     for row in found["plan"]:
         units = "" if row["units"] is None else f"{row['units']:,}"
         kept = row["kept"] if isinstance(row["kept"], str) else f"{row['kept']:,}"
@@ -117,6 +137,8 @@ def show_predicted(console: Console, found: Mapping[str, int], *, single: bool) 
 
 
 def _split(job: Job) -> str:
+    if job.student is not None:
+        return "given"
     return "file" if job.plan is not None else "measured" if job.measured() else "uniform"
 
 

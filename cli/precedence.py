@@ -47,8 +47,10 @@ def _void(lower: Mapping[str, Any], higher: Mapping[str, Any], flags: Mapping[st
         yield "per_class"
     if targets & set(higher):
         yield from targets
-    if "plan" in higher:
+    if "plan" in higher or "student" in higher:
         yield from _OF_PLAN
+    if targets & set(higher) and "student" not in higher:
+        yield "match"
     yield from _of_structure(whole, higher, targets)
     if "method" in higher:
         yield from _of_other_methods(whole)

@@ -39,6 +39,7 @@ def show(console: Console, report: Report, *, written: Sequence[Path] = (), quie
     tries(console, report.tries)
     gates(console, report.gates)
     worst_layers(console, report.layers)
+    matched(console, report)
     if report.warnings:
         heading(console, "Warnings")
         bullets(console, report.warnings)
@@ -161,6 +162,18 @@ def worst_layers(console: Console, layers: Sequence[LayerResult]) -> None:
         table.add_row(names[layer.layer], kept, _error(before), _error(after))
     console.print()
     console.print(table)
+
+
+def matched(console: Console, report: Report) -> None:
+    """Print how sure it is that the student's layers are those of the teacher that they were taken for."""
+    if not report.matches:
+        return
+    heading(console, "Matched layers")
+    least = min(report.matches, key=lambda match: match.confidence)
+    ours = sum(len(match.student) for match in report.matches)
+    count = f"{len(report.matches)} of the teacher's, {ours} of the student's"
+    name = shorten(least.teacher, room(console, 40))
+    say(console, f"  {count}; the least sure '{name}': {least.confidence:.2f} by {least.by}")
 
 
 def _error(share: float) -> str:

@@ -39,6 +39,7 @@ _TABLES = {
     "gate": "Limits, wherever they are judged: by compress, verify and gate. What is no limit is for gate alone.",
     "compress": "For compress alone, before what stands above. Any flag of compress may stand here.",
     "plan": "For plan alone.",
+    "match": "For match alone.",
     "verify": "For verify alone.",
 }
 _WIDTH = 110

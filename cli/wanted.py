@@ -20,13 +20,15 @@ def library() -> Any:
     return xdonnx.job
 
 
-def check_cheaply(model: Path, target: Target, methods: Sequence[str] = ()) -> None:
+def check_cheaply(model: Path, target: Target, methods: Sequence[str] = (), student: Path | None = None) -> None:
     """Raise what is wrong with names and numbers before torch is imported, which takes seconds."""
     from xdonnx.budget import KINDS, MEASURED, Budget, check_budget, pattern_of
     from xdonnx.methods import named
     from xdonnx.model import check_file
 
     check_file(model)
+    if student is not None:
+        check_file(student)
     structure = target.structure or "channel"
     pattern_of(structure)
     for kind in KINDS:

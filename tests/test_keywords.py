@@ -71,6 +71,8 @@ EXAMPLES: dict[str, tuple[Any, list[str]]] = {
     "rank": (3, ["3"]),
     "scheme": ("channel", ["channel"]),
     "plan": ("plan.toml", ["plan.toml"]),
+    "student": (OTHER, [OTHER]),
+    "match": ("match.toml", ["match.toml"]),
     "structure": ("2:4", ["2:4"]),
     "include": (["a*", "b"], ["a*", "b"]),
     "exclude": ("c", ["c"]),
@@ -102,7 +104,9 @@ class Stop(Exception):
 
 
 def flags(command: Any) -> set[str]:
-    return set(flags_of(grouped(command))) - OF_THE_TERMINAL - POSITIONAL
+    # Of verify an argument, of compress a flag.
+    positional = POSITIONAL - {"student"} if command is compress_command else POSITIONAL
+    return set(flags_of(grouped(command))) - OF_THE_TERMINAL - positional
 
 
 def typed(name: str) -> list[str]:

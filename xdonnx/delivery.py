@@ -64,16 +64,25 @@ def stamp(student: onnx.ModelProto, job: Job) -> None:
 
 def judged(
     job: Job,
-    fit: Shots,
-    held_out: Shots,
+    parts: tuple[Shots, Shots],
     device: str,
     student: onnx.ModelProto,
     layers: list[LayerResult],
     heard: list[str],
     command: str,
     log: Log,
+    *,
+    own_opset: bool = False,
 ) -> Judged:
-    """Write the student beside where it will lie, and compare that file with the teacher's."""
+    """Write the student beside where it will lie, and compare that file with the teacher's.
+
+    Parameters
+    ----------
+    parts : (fit, held out)
+    own_opset : bool
+        Whether the student may have another opset than the teacher.
+    """
+    fit, held_out = parts
     with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=f".{legible(job.out.name)}.") as folder:
         candidate = Path(folder) / job.out.name
         write_proto(student, candidate, external=job.external_data)
@@ -106,6 +115,7 @@ def judged(
             fitted=fit if apart else None,
             shots_path=", ".join(job.shots) or "synthetic",
             known=fidelity,
+            own_opset=own_opset,
             **how,
         )
         if report.exit_code not in (0, 3):

@@ -21,7 +21,7 @@ from xdonnx.errors import JobError, MachineError
 
 NEEDED = (
     "numpy", "onnx", "onnx-ir", "onnxscript", "protobuf", "onnx2torch", "torch", "torchvision", "pillow", "pydantic",
-    "jinja2", "typer", "rich", "psutil",
+    "scipy", "jinja2", "typer", "rich", "psutil",
 )  # fmt: skip
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 

@@ -21,17 +21,19 @@ from xdonnx.devices import usable_device
 from xdonnx.errors import NothingToDo, ShotsError
 from xdonnx.events import Event, Log, ignore
 from xdonnx.fidelity import fixed_batch
+from xdonnx.foreign import refitted
+from xdonnx.given import GivenStudent, check_matching, match_results, matched
 from xdonnx.graph import Net, read_net
 from xdonnx.journal import Journal, open_journal
 from xdonnx.machine import machines_fault
 from xdonnx.methods.layerwise import Bench, Outcome
-from xdonnx.model import add_metadata, fingerprint, interface, read_proto, sized
+from xdonnx.model import add_metadata, check_file, fingerprint, interface, read_proto, sized
 from xdonnx.patch import Patch, cut, masked
-from xdonnx.paths import check_student, partial_folder
+from xdonnx.paths import check_spared, check_student, partial_folder
 from xdonnx.planfile import plan_of
 from xdonnx.pool import Pool
 from xdonnx.preprocessing import check_samples
-from xdonnx.report import Memory, Report
+from xdonnx.report import LayerResult, Memory, Report
 from xdonnx.resuming import identity, keeping, recalled_curves, recalled_plan, staged
 from xdonnx.room import allowance
 from xdonnx.runtime import open_session
@@ -59,6 +61,7 @@ class Prepared:
     device: str
     pool: Shots | Unread | None = None
     tries: tuple[Try, ...] = ()
+    given: GivenStudent | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,9 @@ def run(job: Job, log: Log = ignore, *, command: str = "", asked: Request | None
             shop = Workshop(opened(ready, note), allowed.room, journal, pool, command)
             judged, tries = _smallest(job, ready, shop, note) if job.smallest else _aimed(job, ready, shop, note)
             report = delivered(job, len(ready.fit), judged, tries, heard, started)
+            matches = match_results(ready.given.matching, ready.net) if ready.given else ()
             used = Memory(limit=allowed.limit, peak=allowed.peak(), spilled=allowed.room.spilled)
-            return report.model_copy(update={"memory": used, "pool": sheet})
+            return report.model_copy(update={"memory": used, "pool": sheet, "matches": matches})
     except (MemoryError, RuntimeError, OSError) as error:
         fault = machines_fault(error)
         if fault is None:
@@ -142,6 +146,10 @@ def _made(job: Job, ready: Prepared, shop: Workshop, log: Log) -> Judged:
     note = hearing(log, heard)
     net, fit = ready.net, ready.fit
     bench = Bench(shop.program, torch.Generator().manual_seed(job.seed), note, shop.room, pool=shop.pool)
+    if ready.given is not None:
+        student, layers = refitted(job.methods(), net, ready.given, fit, bench)
+        stamp(student, job)
+        return _judged(job, ready, student, layers, heard, shop.command, log)
     outcome = Outcome(Patch())
     for at, method in enumerate(job.methods()):
         found = staged(at, method, net, outcome.patch, fit, ready.plan, bench, shop.journal)
@@ -155,7 +163,20 @@ def _made(job: Job, ready: Prepared, shop: Workshop, log: Log) -> Judged:
         keep_sparse(student, first, note)
     stamp(student, job)
     layers = layer_results(net, outcome, job.structure, residual=job.residual or job.plan is not None)
-    return judged(job, fit, ready.held_out, ready.device, student, layers, heard, shop.command, log)
+    return _judged(job, ready, student, layers, heard, shop.command, log)
+
+
+def _judged(
+    job: Job,
+    ready: Prepared,
+    student: onnx.ModelProto,
+    layers: list[LayerResult],
+    heard: list[str],
+    command: str,
+    log: Log,
+) -> Judged:
+    parts = (ready.fit, ready.held_out)
+    return judged(job, parts, ready.device, student, layers, heard, command, log, own_opset=ready.given is not None)
 
 
 def _smallest(job: Job, ready: Prepared, shop: Workshop, log: Log) -> tuple[Judged, tuple[Try, ...]]:
@@ -289,6 +310,9 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request
     job.measured()
     if writes:
         check_student(job.out, job.model, force=job.force, external=job.external_data)
+    if job.student is not None:
+        check_file(job.student)
+        check_spared(job.out, job.student, "--student")
     device = usable_device(job.device)
     log(Event("read", f"Read {job.model.name}"))
     proto = read_proto(job.model)
@@ -308,7 +332,14 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request
     sizes = {**{name: array.shape for name, array in fit.inputs.items()}, **job.input_shape}
     pool = asked.read_pool(sized(ports, {name: array.shape for name, array in fit.inputs.items()}), log)
     net = read_net(proto, sizes)
-    plan = plan_of(job.plan, net, fingerprint(job.model)) if job.plan else first_plan(net, budget)
+    given = None
+    if job.student is not None:
+        files = (job.model, job.student)
+        given, plan = matched(files, net, fit.inputs, sizes, by=job.match, log=log), Plan("channel")
+        if job.match is None:
+            check_matching(given, files)
+    else:
+        plan = plan_of(job.plan, net, fingerprint(job.model)) if job.plan else first_plan(net, budget)
     batch = fixed_batch(ports, fit) or 1
     for part, does in ((fit, "fit"), (held_out, "judge")):
         if len(part) < batch:
@@ -318,4 +349,4 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request
             )
     # All of them, not only those drawn: one label beyond the classes means that they are numbered otherwise.
     check_asked(session, fit, job.gate, [part.labels for part in (whole, held) if not isinstance(part, float)])
-    return Prepared(net, fit, held_out, plan, device, pool)
+    return Prepared(net, fit, held_out, plan, device, pool, given=given)

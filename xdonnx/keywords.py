@@ -104,6 +104,10 @@ class CompressOptions(SharedOptions, total=False):
         Units kept in each layer that may lose some; another target.
     plan : path
         What `xdonnx plan` wrote; another target.
+    student : path
+        A student that another tool pruned or decomposed, to be refitted instead of a target.
+    match : path
+        What `xdonnx match` wrote of it.
     structure : {'channel', 'element', 'n:m'}
         What goes.
     include, exclude : str or sequence of str
@@ -141,6 +145,8 @@ class CompressOptions(SharedOptions, total=False):
     smallest: bool
     keep: float
     plan: Place
+    student: Place
+    match: Place
     structure: str
     include: str | Sequence[str]
     exclude: str | Sequence[str]

@@ -54,11 +54,17 @@ def check_student(out: Path, model: Path, *, force: bool, external: str) -> None
     _check_free([out, written[2]], force=force)
 
 
-def check_plan(out: Path, model: Path, *, force: bool) -> None:
+def check_plan(out: Path, model: Path, *, force: bool, usual: str = "plan.toml", what: str = "MODEL") -> None:
     """Raise JobError or MachineError where a plan cannot be written to OUT, or would replace what it must not."""
-    _check_place(out, "plan.toml")
-    _check_spared(out, [out], model)
+    _check_place(out, usual)
+    _check_spared(out, [out], model, what)
     _check_free([out], force=force)
+
+
+def check_spared(out: Path, model: Path, name: str) -> None:
+    """Raise JobError where a student at OUT would replace a model of that name in the command."""
+    written = [out, rejected_path(out)]
+    _check_spared(out, [*written, *(data_path(path) for path in written)], model, name)
 
 
 def _check_place(out: Path, usual: str) -> None:
@@ -70,12 +76,13 @@ def _check_place(out: Path, usual: str) -> None:
         raise MachineError(f"cannot write into '{out.parent}'.")
 
 
-def _check_spared(out: Path, written: list[Path], model: Path) -> None:
+def _check_spared(out: Path, written: list[Path], model: Path, name: str = "MODEL") -> None:
     teacher = {path.resolve() for path in model_files(model)} if model.is_file() else set()
     for path in written:
         if path.resolve() in teacher:
-            what = "OUT is MODEL" if path == out else f"'{path}' would be written, and is part of MODEL"
-            raise JobError(f"{what}: '{out}'.\n  The teacher is never overwritten; name another file.")
+            what = f"OUT is {name}" if path == out else f"'{path}' would be written, and is part of {name}"
+            spared = "The teacher" if name == "MODEL" else "It"
+            raise JobError(f"{what}: '{out}'.\n  {spared} is never overwritten; name another file.")
 
 
 def _check_free(written: list[Path], *, force: bool) -> None:

@@ -17,12 +17,13 @@ from pydantic_core import to_jsonable_python
 
 from xdonnx.errors import JobError
 from xdonnx.events import legible
+from xdonnx.matches import MatchResult
 from xdonnx.sheet import PoolSheet
 from xdonnx.strict import STRICT
 from xdonnx.tries import Try
 
-# 1.1 has the worst shots, and says which outputs were not compared. 1.2 has the pool, the memory taken, and what was
-# tried on the way.
+# 1.1 has the worst shots, and says which outputs were not compared. 1.2 has the pool, the memory taken, what was tried
+# on the way, and how a given student was matched.
 SCHEMA_VERSION = "1.2"
 
 # The unit of a gate and the decimals in which it is shown, where these suffice to see whether the limit was kept.
@@ -256,6 +257,7 @@ class Report(BaseModel):
     interface: InterfaceCheck | None = None
     warnings: tuple[str, ...] = ()
     memory: Memory | None = None
+    matches: tuple[MatchResult, ...] = ()
     fit_samples: int | None = Field(None, description="samples that fitted the student; None for two given files")
     pool: PoolSheet | None = None
     tries: tuple[Try, ...] = Field(

@@ -65,6 +65,7 @@ def verify(
     seconds: float = 1.0,
     known: Fidelity | None = None,
     fitted: Samples | None = None,
+    own_opset: bool = False,
     log: Log = ignore,
 ) -> Report:
     """Compare two ONNX files in every respect and judge the second.
@@ -81,6 +82,8 @@ def verify(
         What `compare` found on these samples and weights, so that it is not measured again.
     fitted : Samples, optional
         Those that fitted the student, to see whether it learned them by heart.
+    own_opset : bool, default=False
+        Whether the student may have another opset than the teacher, as one that another tool exported.
     shapes : dict of str to tuple of int, optional
         Inputs that MACs are counted for; by default of one sample, or of the graph's own batch.
 
@@ -98,7 +101,7 @@ def verify(
     log = _noting(log, warnings)
     protos = read_proto(teacher), read_proto(student)
     facts = _facts([teacher, student], shots, shots_path, command=command, job=job, seed=seed, device=device)
-    check, reasons = _compare_interfaces(interface(protos[0]), interface(protos[1]))
+    check, reasons = _compare_interfaces(interface(protos[0]), interface(protos[1]), own_opset=own_opset)
     feed = _one_run(protos[0], shots)
     costs = _costs([teacher, student], protos, shapes or _shapes(feed), check, log)
     fidelity, gates = None, []  # of a student with another interface no answer is asked
@@ -298,7 +301,9 @@ def _facts(
     }
 
 
-def _compare_interfaces(teacher: Interface, student: Interface) -> tuple[InterfaceCheck, list[str]]:
+def _compare_interfaces(
+    teacher: Interface, student: Interface, *, own_opset: bool = False
+) -> tuple[InterfaceCheck, list[str]]:
     """Return the differences by section, and all of them in a row."""
 
     def section(*names: str) -> Literal["same"] | tuple[str, ...]:
@@ -312,7 +317,7 @@ def _compare_interfaces(teacher: Interface, student: Interface) -> tuple[Interfa
         opset=section("opset"),
         metadata=section("metadata", "doc"),
     )
-    return check, differences(teacher, student)
+    return check, differences(teacher, replace(student, opset=teacher.opset) if own_opset else student)
 
 
 def _one_run(teacher: onnx.ModelProto, shots: Samples) -> dict[str, Array]:

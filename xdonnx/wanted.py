@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from xdonnx.samples import Request
 
 DEFAULT_TARGET = ("macs", 0.5)
 ALLOCATIONS = ("auto", "measured", "uniform")
+# The methods that can refit a student which another tool made, and the efforts that they know there.
+REFITTING, REFITTING_EFFORTS = ("cross", "fskd"), ("balanced", "fast")
 
 
 class Job(BaseModel):
@@ -59,6 +61,8 @@ class Job(BaseModel):
     latency: float | str | None = None
     smallest: bool = False
     plan: Path | None = None
+    student: Path | None = None
+    match: Path | None = None
     structure: str = "channel"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -130,6 +134,13 @@ class Job(BaseModel):
         """
         given = {kind: getattr(self, kind) for kind in (*KINDS, "plan") if getattr(self, kind) is not None}
         given |= {"smallest": 1.0} if self.smallest else {}
+        if self.student is not None:
+            self._check_student(given)
+            return Budget("student", 1.0, self.structure)
+        if self.match is not None:
+            raise JobError(
+                "--match says how a given student is matched, and there is none.\n  Pass --student FILE too."
+            )
         if len(given) > 1:
             flags = " and ".join(f"--{kind}" for kind in given)
             raise JobError(f"{flags} are both given.\n  Give one target.")
@@ -160,6 +171,32 @@ class Job(BaseModel):
             kind, found.number, self.structure, self.include, self.exclude, self.round_to, self.residual, found.unit
         )
 
+    def _check_student(self, targets: Mapping[str, Any]) -> None:
+        """Raise JobError for what says how much goes, or which: nothing does from a given student."""
+        choices = {**targets, **{name: getattr(self, name) for name in ("include", "exclude", "round_to", "residual")}}
+        choices["pool"] = self.pool
+        choices |= {"structure": self.structure != "channel", "allocation": self.allocation != "auto"}
+        for name in (name for name, value in choices.items() if value):
+            raise JobError(
+                f"--{name.replace('_', '-')} has no say where --student is given: nothing more is removed from it.\n"
+                "  Leave one of the two out."
+            )
+
+    def _check_refitting(self, names: Sequence[str]) -> None:
+        """Raise JobError for methods and options that cannot refit a given student."""
+        for name in names:
+            if name not in REFITTING:
+                raise JobError(
+                    f"--method {name} does not refit a given --student.\n  Those that do: {', '.join(REFITTING)}."
+                )
+        if self.preset_effort not in REFITTING_EFFORTS:
+            raise JobError(
+                f"--preset-effort {self.preset_effort} does not go with --student.\n"
+                f"  Those that do: {', '.join(REFITTING_EFFORTS)}."
+            )
+        if self.solver != "auto":
+            raise JobError("--solver chooses what goes, and nothing goes from a given --student.\n  Leave it out.")
+
     def asked(self) -> Request:
         """Return which samples are wanted."""
         return Request(**{field.name: getattr(self, field.name) for field in fields(Request)})
@@ -167,6 +204,8 @@ class Job(BaseModel):
     def target(self) -> str:
         """Return the target in a few words."""
         budget = self.budget()
+        if self.student is not None:
+            return f"{budget.structure} student {self.student.name}"
         if self.plan is not None:
             return f"{budget.structure} plan {self.plan.name}"
         amount = getattr(self, budget.kind) if budget.unit else f"{budget.amount:g}"
@@ -181,7 +220,7 @@ class Job(BaseModel):
         if self.allocation not in ALLOCATIONS:
             near = did_you_mean(self.allocation, ALLOCATIONS)
             raise JobError(f"unknown --allocation '{self.allocation}'.{near}\n  Choices: {', '.join(ALLOCATIONS)}.")
-        fits = self.structure == "channel" and self.budget().kind not in ("keep", "plan")
+        fits = self.structure == "channel" and self.budget().kind not in ("keep", "plan", "student")
         if self.allocation == "measured" and not fits:
             raise JobError(
                 "--allocation measured splits a target over the whole network between channels.\n"
@@ -196,6 +235,8 @@ class Job(BaseModel):
         options = self.model_dump(include=own)
         options["effort"] = self.preset_effort
         names = self.method
+        if self.student is not None:
+            self._check_refitting(names)
         if self.preset_effort == "best" and names == ("cross",):
             names = ("cross", "tune")  # the best accuracy comes with a last stage over all layers
         made = [make(name, options) for name in names]

@@ -19,7 +19,7 @@ from xdonnx import doctor
 
 WELL = {
     "xdonnx": "0.1.0", "numpy": "2.0", "onnx": "1.18", "onnx-ir": "1.1", "onnxscript": "0.5", "protobuf": "6",
-    "jinja2": "3.1", "onnx2torch": "1.5.15", "torch": "2.7.0",
+    "scipy": "1.11", "jinja2": "3.1", "onnx2torch": "1.5.15", "torch": "2.7.0",
     "torchvision": "0.22.0", "pillow": "11", "pydantic": "2.9", "typer": "0.20", "rich": "14",
     "psutil": "7",
     "onnxruntime-gpu": "1.22",

@@ -16,14 +16,15 @@ PIXELS = "--preset --mean --std --scale --color --layout --resize --crop --input
 LIMITS = "--max-drop --max-error --min-shrink --max-latency-ratio --confidence --warn-only"
 FLAGS = {
     "compress": f"{DATA} {PIXELS} {LIMITS} --macs --params --keep --structure --include --exclude --round-to "
-    "--plan --allocation --residual --method --connection --mu --alpha --beta --solver --ridge --adversarial "
-    "--pool --pool-draw "
+    "--plan --student --match --allocation --residual --method --connection --mu --alpha --beta --solver --ridge "
+    "--adversarial --pool --pool-draw "
     "--preset-effort --out -o --force --external-data --report-dir --json --device --seed --dry-run --quiet -q "
     "--verbose -v --no-progress --config -h --help",
     "plan": f"{DATA} {PIXELS} --macs --params --keep --structure --include --exclude --round-to --residual "
     "--allocation --out -o --force --json --device --seed --quiet -q --verbose -v --no-progress",
     "decompose": "--macs --params --energy --rank --scheme --include --exclude --round-to --input-shape --out -o "
     "--force --external-data --dry-run --json --quiet -q --verbose -v --no-progress -h --help",
+    "match": f"{DATA} {PIXELS} --out -o --force --json --seed --quiet -q --verbose -v --no-progress",
     "inspect": "--json --input-shape --config",
     "verify": f"{DATA} {PIXELS} {LIMITS} --report-dir --json --device --seed -q -v --no-progress",
     "gate": f"{LIMITS} --json -q --config",

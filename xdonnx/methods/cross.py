@@ -106,7 +106,7 @@ class Cross:
         paper = self.effort == "paper"
         ridge = self.ridge if self.ridge is not None else (0.0 if paper else 0.01)
         solver = self._solver(plan)
-        rule = Rule(self._connection(net), ridge, solver, not paper, not paper, compensate=not paper, exact=paper)
+        rule = Rule(self.connected(net), ridge, solver, not paper, not paper, compensate=not paper, exact=paper)
         open_choice = self.connection == "auto" and self.alpha is None and self.beta is None and self.ridge is None
         choices = ALTERNATIVES if open_choice and self.effort in ("balanced", "best") else ()
         rows = self.views if self.views is not None else 0 if paper else VIEWS
@@ -135,7 +135,8 @@ class Cross:
                 "  Legal: greedy with channel; admm or pgd with any structure."
             )
 
-    def _connection(self, net: Net) -> Connection:
+    def connected(self, net: Net) -> Connection:
+        """Return the connection for a teacher."""
         residual = any(group.stream for group in net.groups) or any(
             "added at" in reason for reason in net.pinned.values()
         )

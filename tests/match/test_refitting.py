@@ -1,0 +1,275 @@
+"""A student of another tool is refitted: exactly merged, better than before, and its structure stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import foreign
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers import same_answers, same_interface
+from onnx import helper, numpy_helper
+
+from xdonnx.budget import Budget, make_plan
+from xdonnx.convert import convert
+from xdonnx.errors import JobError, ModelError
+from xdonnx.events import ignore
+from xdonnx.gate import Gate
+from xdonnx.graph import Net, read_net
+from xdonnx.images import Preprocess
+from xdonnx.job import Job, run
+from xdonnx.matching import Matching, match, side
+from xdonnx.methods.joint import producer_norms
+from xdonnx.methods.mixing import Mixing
+from xdonnx.methods.pairwalk import meet
+from xdonnx.model import read_proto
+from xdonnx.patch import Patch, cut
+from xdonnx.report import Report
+from xdonnx.runtime import answer_all, open_session
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+FAST: dict[str, dict[str, object]] = {"cross": {"preset_effort": "fast"}, "fskd": {}}
+EASY = Gate(warn_only=("smaller", "not_slower", "removed"))
+
+
+def halved(net: Net) -> onnx.ModelProto:
+    """Return the student that keeps the larger half of the filters."""
+    drop: list[int] = []
+    for at, keep in make_plan(net, Budget("keep", 0.5)).channels.items():
+        order = np.argsort(-producer_norms(net, net.groups[at]), kind="stable")
+        drop += [int(net.groups[at].ids[unit]) for unit in order[keep:]]
+    return cut(net, Patch({}, frozenset(drop)))
+
+
+def job(folder: Path, teacher: str, made: onnx.ModelProto, **options: object) -> Job:
+    onnx.save(made, folder / "given.onnx")
+    given = {
+        "model": SAMPLES / f"digits_{teacher}.onnx",
+        "student": folder / "given.onnx",
+        "out": folder / "student.onnx",
+        "shots": (str(SAMPLES / "shots"),),
+        "holdout": str(SAMPLES / "held_out.npz"),
+        "preprocess": Preprocess("unit"),
+        "per_class": 4,
+        "gate": EASY,
+    }
+    return Job(**{**given, **options})  # type: ignore[arg-type]
+
+
+def accuracy(model: onnx.ModelProto | Path, digits: tuple[np.ndarray, np.ndarray]) -> float:
+    pixels = digits[0].astype(np.float32) / 255
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    (logits,) = answer_all(open_session(model), {"image": pixels}, batch=150).values()
+    return 100 * float((logits.argmax(1) == digits[1]).mean())
+
+
+def structure(model: onnx.ModelProto) -> list[tuple[str, list[str]]]:
+    return [(node.op_type, list(node.input)) for node in model.graph.node]
+
+
+@pytest.fixture(scope="module")
+def shown(digits: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+    pixels = digits[0][:40].astype(np.float32) / 255
+    return {"image": pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)}
+
+
+def pairs_of(net: Net, given: Net, inputs: dict[str, np.ndarray]) -> Matching:
+    return match(side(net, inputs), side(given, inputs))
+
+
+@pytest.mark.parametrize("teacher", ["vgg", "residual", "mobile"])
+def test_merged_and_unmerged_1x1_layers_answer_alike(teacher: str, shown: dict[str, np.ndarray]) -> None:
+    """The unmerged graph is really built: behind every matched convolution stands a convolution of its own."""
+    net = read_net(read_proto(SAMPLES / f"digits_{teacher}.onnx"))
+    given = read_net(halved(net))
+    cpu = torch.device("cpu")
+    mixing = Mixing(given, 40, 40)
+    pairs = {pair.student[-1]: pair for pair in pairs_of(net, given, shown).pairs}
+    meet((net, convert(net, cpu)), (given, convert(given, cpu)), pairs, shown, mixing, {}, ignore)
+    merged, unmerged = cut(given, Patch(mixing.tensors)), cut(given, Patch())
+
+    nodes = []
+    for node in unmerged.graph.node:
+        nodes.append(node)
+        mixer = mixing.mixers.get(node.output[0])
+        if mixer is None:
+            continue
+        name, groups = node.output[0], len(mixer.q)
+        kernel = [1] * (len(given.shapes[name]) - 2)
+        weight = mixer.q.reshape(groups * mixer.q.shape[1], -1, *kernel).numpy().astype(np.float32)
+        node.output[0] = f"{name}_before"
+        assert mixer.constant is not None
+        constant = mixer.constant.flatten().numpy().astype(np.float32)
+        for array, what in ((weight, "q"), (constant, "c")):
+            unmerged.graph.initializer.append(numpy_helper.from_array(array, f"{name}_{what}"))
+        inputs = [f"{name}_before", f"{name}_q", f"{name}_c"]
+        if kernel:
+            nodes.append(helper.make_node("Conv", inputs, [name], group=groups))
+        else:
+            nodes.append(helper.make_node("Gemm", inputs, [name], transB=1))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del unmerged.graph.node[:]
+    unmerged.graph.node.extend(copies)
+
+    assert len(mixing.mixers) == len(given.layers) and len(copies) == len(merged.graph.node) + len(given.layers)
+    assert structure(merged) == structure(cut(given, Patch()))
+    same_answers(merged, unmerged, shown, tolerance=1e-5)
+
+
+def test_a_mixer_is_the_least_squares_fit_of_outputs(shown: dict[str, np.ndarray]) -> None:
+    """Of the first layer, where nothing is pulled and no ReLU counts, it is what numpy finds."""
+    net = read_net(read_proto(SAMPLES / "digits_vgg.onnx"))
+    given = read_net(halved(net))
+    cpu, first = torch.device("cpu"), next(iter(net.layers))
+    second = list(net.layers)[1]
+    mixing = Mixing(given, 40, 40, ridge=0.0)
+    pairs = {pair.student[-1]: pair for pair in pairs_of(net, given, shown).pairs}
+    only = {second: pairs[second]}
+    meet((net, convert(net, cpu)), (given, convert(given, cpu)), only, shown, mixing, {}, ignore)
+
+    values = []
+    for model, name in ((net, second), (given, second)):
+        proto = cut(model, Patch())
+        proto.graph.output.append(onnx.ValueInfoProto(name=name))
+        made = open_session(proto).run([name], shown)[0]
+        values.append(made.transpose(1, 0, 2, 3).reshape(made.shape[1], -1).astype(np.float64))
+    y, z = values[0][pairs[second].channels], np.vstack([values[1], np.ones(values[1].shape[1])])
+    best = np.linalg.lstsq(z.T, y.T, rcond=None)[0].T
+    mixer = mixing.mixers[second]
+    assert mixer.constant is not None and first not in mixing.mixers
+    ours = np.hstack([mixer.q[0].numpy(), mixer.constant.numpy().T])
+    # 256 positions of 40 images are fewer than what is looked at, so both saw the same.
+    errors = [float(((matrix @ z - y) ** 2).sum()) for matrix in (best, ours)]
+    assert errors[1] <= errors[0] * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(("teacher", "least"), [("vgg", 90), ("mobile", 75)])
+def test_both_methods_win_back_what_l1_norm_lost(
+    teacher: str, least: float, digits: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    net = read_net(read_proto(SAMPLES / f"digits_{teacher}.onnx"))
+    given, _ = foreign.disguised(halved(net))
+    reports: dict[str, Report] = {}
+    for method in ("fskd", "cross"):
+        folder = tmp_path / method
+        folder.mkdir()
+        reports[method] = run(job(folder, teacher, given, method=method, **FAST[method]))
+        student = read_proto(folder / "student.onnx")
+        same_interface(read_proto(SAMPLES / f"digits_{teacher}.onnx"), student)
+        assert structure(student) == structure(cut(read_net(given), Patch()))
+    found = {name: report.fidelity.accuracy_student for name, report in reports.items() if report.fidelity}
+
+    before = accuracy(given, digits)
+    assert before < 40 and found["fskd"] > before + 25 and found["cross"] > least
+    assert found["cross"] == pytest.approx(accuracy(tmp_path / "cross" / "student.onnx", digits))
+    matches = reports["cross"].matches
+    assert [one.teacher for one in matches] == list(net.layers) and all(one.confidence > 0.99 for one in matches)
+    assert {one.kept for one in matches} != {one.units for one in matches}
+
+
+@pytest.mark.parametrize(
+    ("factor", "method"), [(foreign.spatial, "fskd"), (foreign.tucker, "cross"), (foreign.separable, "cross")]
+)
+def test_a_decomposed_student_is_refitted_at_the_ends_of_its_rows(
+    factor: object, method: str, digits: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    teacher = read_proto(SAMPLES / "digits_residual.onnx")
+    given, made = foreign.decomposed(teacher, factor, 0.3)  # type: ignore[arg-type]
+
+    report = run(job(tmp_path, "residual", given, method=method, **FAST[method]))
+
+    student = read_proto(tmp_path / "student.onnx")
+    before = {tensor.name: numpy_helper.to_array(tensor) for tensor in cut(read_net(given), Patch()).graph.initializer}
+    after = {tensor.name: numpy_helper.to_array(tensor) for tensor in student.graph.initializer}
+    assert before.keys() == after.keys() and all(before[name].shape == after[name].shape for name in before)
+    for row in made.values():
+        assert all(np.array_equal(before[f"{name}_weight{at}"], after[f"{name}_weight{at}"])
+                   for at, name in enumerate(row[:-1])), "only the end of a row is refitted"  # fmt: skip
+        assert not np.array_equal(before[f"{row[-1]}_weight{len(row) - 1}"], after[f"{row[-1]}_weight{len(row) - 1}"])
+    assert report.fidelity and report.fidelity.accuracy_student is not None
+    assert report.fidelity.accuracy_student > accuracy(given, digits)
+    rows = [one for one in report.matches if len(one.student) > 1]
+    assert len(rows) == len(made) and "decomposed" not in report.reasons
+
+
+def test_one_method_goes_on_where_the_other_stopped(tmp_path: Path) -> None:
+    net = read_net(read_proto(SAMPLES / "digits_mobile.onnx"))
+    both = run(job(tmp_path, "mobile", halved(net), method=("fskd", "cross"), preset_effort="fast"))
+
+    errors = [layer for layer in both.layers if layer.objective_before and layer.objective_after is not None]
+    assert errors and sum(layer.objective_after or 0 for layer in errors) < sum(
+        layer.objective_before or 0 for layer in errors
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"macs": 0.5}, "--macs has no say where --student is given"),
+        ({"keep": 0.5}, "--keep has no say"),
+        ({"plan": Path("plan.toml")}, "--plan has no say"),
+        ({"structure": "element"}, "--structure has no say"),
+        ({"exclude": ("a*",)}, "--exclude has no say"),
+        ({"residual": True}, "--residual has no say"),
+        ({"allocation": "uniform"}, "--allocation has no say"),
+        ({"method": ("cross", "tune")}, "--method tune does not refit a given --student"),
+        ({"method": "thinet"}, "Those that do: cross, fskd"),
+        ({"preset_effort": "best"}, "--preset-effort best does not go with --student"),
+        ({"solver": "pgd"}, "--solver chooses what goes"),
+        ({"student": None, "match": Path("match.toml")}, "--match says how a given student is matched"),
+        ({"match": Path("none.toml")}, "no matching at 'none.toml'"),
+    ],
+)
+def test_what_makes_no_sense_with_a_student_is_a_usage_error(
+    options: dict[str, object], words: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("xdonnx.wanted.read_planfile", lambda _: SimpleNamespace(structure="channel"))
+    teacher = read_proto(SAMPLES / "digits_mobile.onnx")
+    with pytest.raises(JobError, match=words) as error:
+        run(job(here, "mobile", teacher, **options))
+    assert error.value.exit_code == 2 and not (here / "student.onnx").exists()
+
+
+def test_a_student_that_is_none_is_a_model_error_that_names_the_file(tmp_path: Path) -> None:
+    teacher = read_proto(SAMPLES / "digits_mobile.onnx")
+    asked = job(tmp_path, "mobile", teacher)
+    given = tmp_path / "given.onnx"
+    renamed = read_proto(SAMPLES / "digits_mobile.onnx")
+    renamed.graph.input[0].name = "pixels"
+    for node in renamed.graph.node:
+        for at, name in enumerate(node.input):
+            node.input[at] = "pixels" if name == "image" else name
+    plain = '<ir_version: 8, opset_import: ["": 17]> g (float[N,1,16,16] image) => (float[N,1,16,16] logits) '
+    plain += "{ logits = Relu (image) }"
+    for content, words in (
+        (b"", "given.onnx"),
+        (b"no model", "given.onnx"),
+        (renamed.SerializeToString(), "cannot stand in for the teacher"),
+        (onnx.parser.parse_model(plain).SerializeToString(), "cannot stand in for the teacher"),
+        (None, "no model at"),
+    ):
+        given.unlink(missing_ok=True)
+        if content is not None:
+            given.write_bytes(content)
+        with pytest.raises(ModelError, match=words) as error:
+            run(asked)
+        assert error.value.exit_code == 4 and "given.onnx" in str(error.value)
+    assert not (tmp_path / "student.onnx").exists()
+
+
+def test_a_student_of_another_teacher_is_refused_unless_a_file_says_how_it_is_meant(tmp_path: Path) -> None:
+    stranger = read_proto(SAMPLES / "digits_vgg.onnx")
+    random = np.random.default_rng(0)
+    for tensor in stranger.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.ndim > 1:
+            array = random.standard_normal(array.shape) * array.std()
+            tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float32), tensor.name))
+
+    with pytest.raises(ModelError, match=r"given.onnx' does not look like a student of .*digits_vgg.onnx") as error:
+        run(job(tmp_path, "vgg", stranger))
+    assert "xdonnx match" in str(error.value)

@@ -1,0 +1,125 @@
+"""A student that another tool made: read, held against the teacher's interface, and matched with it. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from xdonnx.errors import ModelError
+from xdonnx.events import Event, Log, ignore
+from xdonnx.graph import Net, read_net
+from xdonnx.matches import MatchResult
+from xdonnx.matchfile import given_by
+from xdonnx.matching import DOUBTFUL, Matching, check_alike, match, side
+from xdonnx.model import differences, fingerprint, interface, read_proto
+from xdonnx.runtime import open_session
+
+
+@dataclass(frozen=True, eq=False)
+class GivenStudent:
+    """A student of another tool.
+
+    Parameters
+    ----------
+    net : Net
+    matching : Matching
+    """
+
+    net: Net
+    matching: Matching
+
+
+def read_student(path: Path, teacher: Net, sizes: Mapping[str, Sequence[int]]) -> Net:
+    """Return a student's net.
+
+    Raises
+    ------
+    ModelError
+        The file cannot be read or run, holds no layer, or has other inputs or outputs than the teacher.
+    """
+    proto = read_proto(path)
+    open_session(path)
+    # Opset and metadata are the exporter's choice.
+    theirs = interface(proto)
+    alike = replace(teacher.interface, inputs=theirs.inputs, outputs=theirs.outputs)
+    found = differences(teacher.interface, alike)
+    if found:
+        raise ModelError(
+            f"'{path}' cannot stand in for the teacher:\n  " + "\n  ".join(found) + "\n  Export it with the teacher's "
+            "names, types and shapes of inputs and outputs."
+        )
+    try:
+        return read_net(proto, sizes)
+    except ModelError as error:
+        raise ModelError(f"'{path}': {error}") from error
+
+
+def matched(
+    files: tuple[Path, Path],
+    teacher: Net,
+    inputs: Mapping[str, np.ndarray],
+    sizes: Mapping[str, Sequence[int]],
+    *,
+    by: Path | None = None,
+    log: Log = ignore,
+) -> GivenStudent:
+    """Read a student and match its layers with the teacher's.
+
+    Parameters
+    ----------
+    files : (teacher, student)
+    teacher : Net
+    inputs : {graph input: (n, ...)}
+        Samples on which activations are compared.
+    sizes : {graph input: shape}
+        For inputs whose sizes the graphs leave free.
+    by : Path, optional
+        A file of the matching; what it says is taken as it is.
+    log : Log
+        Warned of layers that are like none.
+
+    Raises
+    ------
+    ModelError, JobError
+        As of :func:`read_student`, :func:`xdonnx.matchfile.given_by`.
+    """
+    log(Event("match", f"Read {files[1].name}"))
+    net = read_student(files[1], teacher, sizes)
+    given = None
+    if by is not None:
+        given = given_by(by, (teacher, net), (fingerprint(files[0]), fingerprint(files[1])))
+    log(Event("match", "Match its layers with the teacher's"))
+    found = match(side(teacher, inputs), side(net, inputs), given)
+    for name in found.alone:
+        log(Event("match", f"'{name}' of the student is like no layer of the teacher: left as it is.", level="warning"))
+    for pair in found.pairs:
+        if pair.confidence < DOUBTFUL and by is None:
+            text = (
+                f"'{pair.student[-1]}' was matched with '{pair.teacher}' at a confidence of {pair.confidence:.2f} only."
+            )
+            log(Event("match", text, level="warning"))
+    return GivenStudent(net, found)
+
+
+def check_matching(found: GivenStudent, files: tuple[Path, Path]) -> None:
+    """Raise ModelError where the student is another teacher's; see :func:`xdonnx.matching.check_alike`."""
+    again = f"xdonnx match {files[0]} {files[1]} --shots … -o match.toml, then --match match.toml"
+    check_alike(found.matching, (str(files[0]), str(files[1])), again)
+
+
+def match_results(matching: Matching, teacher: Net) -> tuple[MatchResult, ...]:
+    """Return what a report says of a matching."""
+    return tuple(
+        MatchResult(
+            teacher=pair.teacher,
+            student=pair.student,
+            kept=len(pair.channels),
+            units=len(teacher.layers[pair.teacher].out_ids),
+            confidence=round(pair.confidence, 4),
+            by=pair.by,
+        )
+        for pair in matching.pairs
+    )

@@ -1,0 +1,169 @@
+"""Walk through two different graphs, a teacher's and a student's, and stop where the two were matched.
+
+The student runs step by step, all samples at once, with the weights that the stops before gave it. The teacher is run
+ahead of it as far as the next stop has to see, and forgets what no later stop asks for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xdonnx.columns import Geometry
+from xdonnx.convert import Program, Step, call, geometry, layer_tensors, run_layer, stored
+from xdonnx.events import Event, Log
+from xdonnx.graph import Net
+from xdonnx.layers import Layer
+from xdonnx.matching import Pair
+from xdonnx.shelf import Chunks
+from xdonnx.walk import chunked
+
+Weights = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Meeting:
+    """The last layer of the student's row, with what it reads, and the teacher's layer, with what it puts out.
+
+    Parameters
+    ----------
+    pair : Pair
+    layer, geometry
+        The student's.
+    weight, bias : Tensor, Tensor or None
+        Its own as they are now, laid out as `layer_tensors` returns them.
+    source : list of Tensor
+        What it reads, chunk by chunk.
+    target : list of Tensor
+        What the teacher's layer puts out, of the channels that the student has, in the student's order.
+    teacher : Layer
+    teacher_source : list of Tensor
+        What the teacher's layer reads.
+    """
+
+    pair: Pair
+    layer: Layer
+    geometry: Geometry
+    weight: Tensor
+    bias: Tensor | None
+    source: Chunks
+    target: Chunks
+    teacher: Layer
+    teacher_source: Chunks
+
+
+Visit = Callable[[Meeting], Weights | None]
+
+
+class _Ahead:
+    """The teacher, run as far as somebody has to see."""
+
+    def __init__(self, net: Net, program: Program, inputs: list[Mapping[str, np.ndarray]], asked: Counter[str]) -> None:
+        self.net, self.program, self.asked = net, program, asked
+        self.count, self.at = len(inputs), 0
+        self.values = _start(program, inputs)
+
+    def take(self, name: str) -> Chunks:
+        """Return a value, for one of those who ask for it."""
+        while name not in self.values:
+            _run(self.net, self.program.steps[self.at], self.values, self.count, None)
+            self.at += 1
+            for read in (*self.program.steps[self.at - 1].inputs, *self.program.steps[self.at - 1].outputs):
+                self._drop(read)
+        self.asked[name] -= 1
+        found = self.values[name]
+        self._drop(name)
+        return found
+
+    def _drop(self, name: str) -> None:
+        if name and self.asked[name] <= 0 and self.program.last_read.get(name, -1) < self.at:
+            self.values.pop(name, None)
+
+
+@torch.no_grad()
+def meet(
+    teacher: tuple[Net, Program],
+    student: tuple[Net, Program],
+    pairs: Mapping[str, Pair],
+    inputs: Mapping[str, np.ndarray],
+    visit: Visit,
+    tensors: Mapping[str, np.ndarray],
+    log: Log,
+) -> None:
+    """Run both networks on all samples, and let `visit` refit the student's layers in graph order.
+
+    Parameters
+    ----------
+    teacher, student : (Net, Program)
+    pairs : {last layer of the student's row: Pair}
+    inputs : {graph input: (n, ...)}
+    visit : callable
+        Called at each pair; returns the layer's new weight and bias, None to keep its own.
+    tensors : {initializer: array}
+        The student's weights where they are no longer those of its file.
+    log : callable
+        Told of progress.
+    """
+    theirs, net = teacher[0], student[0]
+    batches: list[Mapping[str, np.ndarray]] = list(chunked(theirs, inputs))
+    asked = Counter(name for pair in pairs.values() for name in (pair.teacher, theirs.layers[pair.teacher].input))
+    ahead = _Ahead(*teacher, batches, asked)
+    program = student[1]
+    values = _start(program, batches)
+    done = 0
+    for at, step in enumerate(program.steps):
+        layer = step.layer
+        if layer is None:
+            _run(net, step, values, len(batches), None)
+        else:
+            weights = own_weights(net, layer, tensors, program.device)
+            if layer.name in pairs:
+                log(Event("fit", layer.name, done=done, total=len(pairs)))
+                weights = visit(_meeting(ahead, pairs[layer.name], layer, weights, values[layer.input])) or weights
+                done += 1
+            _run(net, step, values, len(batches), weights)
+        for name in (*step.inputs, *step.outputs):
+            if name and program.last_read.get(name) == at:
+                values.pop(name, None)
+
+
+def _meeting(ahead: _Ahead, pair: Pair, layer: Layer, weights: Weights, source: Chunks) -> Meeting:
+    theirs = ahead.net.layers[pair.teacher]
+    teacher_source = ahead.take(theirs.input)
+    axis = 1 if layer.kernel else -1
+    channels = torch.tensor(pair.channels, device=ahead.program.device)
+    target = [value.index_select(axis, channels) for value in ahead.take(pair.teacher)]
+    return Meeting(pair, layer, geometry(layer), *weights, source, target, theirs, teacher_source)
+
+
+def own_weights(net: Net, layer: Layer, tensors: Mapping[str, np.ndarray], device: torch.device) -> Weights:
+    """Return a layer's weight and bias, of the file or as an earlier method left them."""
+    weight, bias = layer_tensors(net, layer, device)
+    if layer.weight in tensors:
+        weight = stored(layer, torch.tensor(tensors[layer.weight]).to(weight))
+    if bias is not None and layer.bias is not None and layer.bias in tensors:
+        bias = torch.tensor(tensors[layer.bias]).to(bias)
+    return weight, bias
+
+
+def _start(program: Program, batches: list[Mapping[str, np.ndarray]]) -> dict[str, Chunks]:
+    values: dict[str, Chunks] = {
+        name: [torch.tensor(batch[name], device=program.device) for batch in batches] for name in program.inputs
+    }
+    return values | {name: [tensor] * len(batches) for name, tensor in program.constants.items()}
+
+
+def _run(net: Net, step: Step, values: dict[str, Chunks], count: int, weights: Weights | None) -> None:
+    if step.layer is not None:
+        weights = weights or layer_tensors(net, step.layer, values[step.layer.input][0].device)
+        values[step.name] = [run_layer(step.layer, x, *weights) for x in values[step.layer.input]]
+        return
+    made = [call(step, [values[name][chunk] if name else None for name in step.inputs]) for chunk in range(count)]
+    for at, name in enumerate(step.outputs):
+        if name and all(at < len(one) for one in made):
+            values[name] = [one[at] for one in made]
