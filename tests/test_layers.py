@@ -48,7 +48,7 @@ ROWS = [
         "matchfile",
         "methods.pairwalk",
     },
-    {"methods.layerwise", "methods.adversary", "room", "decomposition", "pacing", "given"},
+    {"methods.layerwise", "methods.adversary", "room", "decomposition", "pacing", "given", "contents"},
     {"methods.training", "methods.mixing", "allocation", "accounting"},
     {"methods.cross", "methods.l1_norm", "methods.thinet", "methods.channel_pruning", "methods.fskd", "methods.tune"},
     {"methods.bp", "methods.fitnet", "methods.squeeze", "methods.crossing", "targets"},
@@ -72,7 +72,7 @@ TORCH_FREE = {
     "tensors", "samples", "judging", "files", "figures", "wanted", "machine", "journal", "pool", "scorecache",
     "sheet", "relatedness", "collection", "ranks", "splitting", "decomposition",
     "strict", "amounts", "tries", "tallies", "sizing", "tables", "pacing",
-    "likeness", "wiring", "matching", "matchfile", "given", "matches",
+    "likeness", "wiring", "matching", "matchfile", "given", "matches", "contents",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from xdonnx.events import Event, Log, ignore, legible
 from xdonnx.model import fingerprint, model_files
 from xdonnx.pool import Pool, of_the_pool
 from xdonnx.relatedness import VERSION, Gauge, noise_like, open_gauge, standardised
+from xdonnx.report import tool
 from xdonnx.scorecache import load, place, save
 from xdonnx.sheet import PoolImage, PoolSheet
 from xdonnx.shots import Shots, Unread
@@ -40,7 +41,14 @@ class Teacher:
 
 
 def collect(
-    found: Shots | Unread, teacher: Teacher, fit: Shots, held_out: Shots, *, how: str, log: Log = ignore
+    found: Shots | Unread,
+    teacher: Teacher,
+    fit: Shots,
+    held_out: Shots,
+    *,
+    how: str,
+    most: int = BATCH,
+    log: Log = ignore,
 ) -> tuple[Pool, PoolSheet]:
     """Read the images of a pool once and score them.
 
@@ -53,6 +61,8 @@ def collect(
         What fits and what judges; images that are among them are left out of the pool.
     how : {'preferential', 'uniform'}
         See `pool.Pool`.
+    most : int
+        Images that the teacher is shown at once.
     log : Log
         Told of progress in the stage 'pool'.
 
@@ -72,7 +82,7 @@ def collect(
     own = {*digests(fit), *digests(held_out)}
     sample = {name: np.asarray(values[:BATCH]) for name, values in fit.inputs.items()}
     gauge = open_gauge(teacher.proto, sample, device=teacher.device)
-    names, measured = _measured(images, gauge, teacher, log)
+    names, measured = _measured(images, gauge, teacher, most, log)
     new = [row for row, digest in enumerate(names) if digest not in own]
     twins = len(names) - len(new)
     if not new:
@@ -84,7 +94,8 @@ def collect(
         log(Event("pool", f"{twins} images of the pool are also samples that fit or judge: left out."))
     scores = None
     if gauge.names:
-        noise = gauge(noise_like(sample, max(NOISE, gauge.batch or 1)))
+        made = noise_like(sample, max(NOISE, gauge.batch or 1))
+        noise = np.concatenate([gauge(part) for part in _parts(made, max(most, gauge.batch or 1))])
         scores = standardised(measured, noise)
     else:
         text = (
@@ -107,15 +118,15 @@ def read(found: Shots | Unread, log: Log = ignore) -> Shots:
         raise of_the_pool(error) from error
 
 
-def _measured(images: Shots, gauge: Gauge, teacher: Teacher, log: Log) -> tuple[list[bytes], Array]:
+def _measured(images: Shots, gauge: Gauge, teacher: Teacher, most: int, log: Log) -> tuple[list[bytes], Array]:
     """Return the digest of each image and its indicators, from the cache those that it has."""
     width = len(gauge.names)
     parts = [fingerprint(path) for path in model_files(teacher.path)]
-    path = place([*parts, str(VERSION), *gauge.names, teacher.device])
+    path = place([*parts, str(VERSION), str(tool().onnxruntime), *gauge.names, teacher.device])
     known = load(path, width)
     fresh: dict[bytes, Array] = {}
     names: list[bytes] = []
-    for feed in _batches(images):
+    for feed in _parts(images.inputs, most):
         these = of_batch(feed)
         names += these
         new = [row for row, digest in enumerate(these) if digest not in known and digest not in fresh]
@@ -128,9 +139,9 @@ def _measured(images: Shots, gauge: Gauge, teacher: Teacher, log: Log) -> tuple[
     return names, np.stack([fresh.get(digest, known.get(digest, np.zeros(width))) for digest in names])
 
 
-def _batches(images: Shots) -> Iterator[dict[str, Array]]:
-    for start in range(0, len(images), BATCH):
-        yield {name: np.asarray(values[start : start + BATCH]) for name, values in images.inputs.items()}
+def _parts(inputs: Mapping[str, Any], most: int) -> Iterator[dict[str, Array]]:
+    for start in range(0, len(next(iter(inputs.values()))), most):
+        yield {name: np.asarray(values[start : start + most]) for name, values in inputs.items()}
 
 
 def _sheet(pool: Pool, indicators: Sequence[str], twins: int) -> PoolSheet:

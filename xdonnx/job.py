@@ -46,7 +46,7 @@ from xdonnx.tables import stopwatch
 from xdonnx.targets import Means, first_plan, met
 from xdonnx.tries import TRIES, Try, halve
 from xdonnx.verification import check_asked, check_interface
-from xdonnx.walk import affordable, chunked
+from xdonnx.walk import affordable, at_once, chunked
 from xdonnx.wanted import Job as Job
 
 
@@ -103,7 +103,8 @@ def run(job: Job, log: Log = ignore, *, command: str = "", asked: Request | None
     note = hearing(log, heard)
     try:
         ready = prepared(job, note, asked=asked)
-        journal = open_journal(partial_folder(job.out), identity(job, ready.fit, ready.device), note, resume=job.resume)
+        known = identity(job, ready.fit, ready.held_out, ready.pool, ready.device)
+        journal = open_journal(partial_folder(job.out), known, note, resume=job.resume)
         with keeping(journal):
             allowed = allowance(ready.net, ready.fit.inputs, ready.device, job.memory, note)
             pool, sheet = pooled(job, ready, note)
@@ -226,7 +227,8 @@ def pooled(job: Job, ready: Prepared, log: Log = ignore) -> tuple[Pool, PoolShee
     if ready.pool is None:
         return None, None
     teacher = Teacher(job.model, ready.net.source, ready.device)
-    return collect(ready.pool, teacher, ready.fit, ready.held_out, how=job.pool_draw, log=log)
+    most = at_once(ready.net)
+    return collect(ready.pool, teacher, ready.fit, ready.held_out, how=job.pool_draw, most=most, log=log)
 
 
 def opened(ready: Prepared, log: Log = ignore) -> Program:

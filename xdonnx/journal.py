@@ -6,10 +6,11 @@ that goes on walks the network again, which is cheap, and takes from here what w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from xdonnx.files import put
 
 IDENTITY = "job.json"
 _FACTS = "facts"
+# By which a folder is known as ours, and the names of all that we write into it.
+_MARK = "what xdonnx compress --resume goes on with"
+_OURS = re.compile(r"[0-9a-f]{32}\.npz|\.[0-9a-f]{32}\.\d+\.npz|\.job\.json\.\d+")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Journal:
     prefix : str
         Of all keys.
     log : callable
-        Told once where nothing can be written: the job goes on without.
+        Told where nothing can be written: the job goes on without.
+    resumed : bool
+        Whether there was something to go on with.
 
     Notes
     -----
@@ -64,6 +70,7 @@ class Journal:
     identity: Mapping[str, Any]
     prefix: str = ""
     log: Log = ignore
+    resumed: bool = False
 
     def under(self, prefix: str) -> Journal:
         """Return the same journal for a part of the job."""
@@ -86,7 +93,7 @@ class Journal:
         try:
             if not (self.folder / IDENTITY).exists():
                 self.folder.mkdir(exist_ok=True)
-                put(self.folder / IDENTITY, json.dumps(dict(self.identity), indent=2))
+                put(self.folder / IDENTITY, json.dumps({"is": _MARK, "of": dict(self.identity)}, indent=2))
             arrays = {str(at): array for at, array in enumerate(entry.arrays.values())}
             facts = json.dumps({"names": list(entry.arrays), "facts": dict(entry.facts)})
             np.savez(draft, **{_FACTS: np.array(facts)}, **arrays)  # type: ignore[arg-type]
@@ -97,13 +104,15 @@ class Journal:
             self.log(Event("fit", text, level="warning"))
 
     def close(self) -> None:
-        """Remove the folder."""
+        """Remove what was kept, and the folder where nothing else is in it."""
         if (self.folder / IDENTITY).exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _cleared(self.folder)
 
     def _path(self, key: str) -> Path:
-        # Names of values may hold anything; digests are names of files everywhere.
-        return self.folder / f"{hashlib.sha256(f'{self.prefix}{key}'.encode()).hexdigest()[:32]}.npz"
+        # Names of values may hold anything; digests are names of files everywhere. With the job's own in it no other
+        # job's work can be taken for this one's, whatever lies in the folder.
+        whole = json.dumps([dict(self.identity), self.prefix, key], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(whole.encode()).hexdigest()[:32]}.npz"
 
 
 def open_journal(folder: Path, identity: Mapping[str, Any], log: Log = ignore, *, resume: bool) -> Journal:
@@ -115,16 +124,13 @@ def open_journal(folder: Path, identity: Mapping[str, Any], log: Log = ignore, *
         The folder is something else, or holds the work of another job.
     """
     known = json.loads(json.dumps(dict(identity)))
-    try:
-        found = json.loads((folder / IDENTITY).read_text())
-    except (OSError, ValueError):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise JobError(
-                f"'{folder}' is in the way: what --resume needs is kept there.\n  Move it, or name another OUT."
-            ) from None
-        found = None
+    found = _identity(folder)
+    if found is None and folder.is_dir() and all(_OURS.fullmatch(path.name) for path in folder.iterdir()):
+        _cleared(folder)  # what a removal left that was cut short
+    elif found is None and (folder.exists() or folder.is_symlink()):
+        raise JobError(f"'{folder}' is in the way: what --resume needs is kept there.\n  Move it, or name another OUT.")
     if found is not None and not resume:
-        shutil.rmtree(folder, ignore_errors=True)
+        _cleared(folder)
     elif resume:
         if found is None:
             log(Event("read", "--resume: there is nothing to go on with; the job starts anew.", level="warning"))
@@ -133,4 +139,24 @@ def open_journal(folder: Path, identity: Mapping[str, Any], log: Log = ignore, *
                 f"'{folder}' holds the work of another job: {', '.join(differing)} differ.\n"
                 "  Repeat that job's command, or leave --resume out to start anew."
             )
-    return Journal(folder, known, log=log)
+    return Journal(folder, known, log=log, resumed=resume and found is not None)
+
+
+def _identity(folder: Path) -> dict[str, Any] | None:
+    """Return the identity of the job that a folder is of, None where it is not one of ours."""
+    try:
+        found = json.loads((folder / IDENTITY).read_text())
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(found, dict) and found.get("is") == _MARK and isinstance(found.get("of"), dict)
+    return found["of"] if ours else None
+
+
+def _cleared(folder: Path) -> None:
+    """Remove our own files, the one that says whose they are last, and the folder if that was all."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if _OURS.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        (folder / IDENTITY).unlink(missing_ok=True)
+        folder.rmdir()

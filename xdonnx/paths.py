@@ -21,7 +21,7 @@ def rejected_path(out: Path) -> Path:
 
 def partial_folder(out: Path) -> Path:
     """Return where the work of a job that was stopped is kept."""
-    return out.with_name(f"{out.stem}.partial")
+    return out.with_name(f"{out.name}.partial")
 
 
 def report_folder(out: Path, given: Path | None = None) -> Path:

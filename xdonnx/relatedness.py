@@ -185,6 +185,8 @@ def of_norms(layers: Sequence[tuple[Array, Array, int]]) -> list[Array]:
         low, high = variance_band(positions)
         outside = (variance < low) | (variance > high)
         found.append([(mean**2).mean(1), ((np.sqrt(variance) - 1) ** 2).mean(1), outside.mean(1), square.mean(1)])
+    # A layer whose channels all lack a scale says nothing.
+    found = [layer for layer in found if all(np.isfinite(part).all() for part in layer)] or found
     return [np.mean([layer[at] for layer in found], axis=0) for at in range(len(NORMS))]
 
 
@@ -208,7 +210,7 @@ def standardised(found: Array, noise: Array) -> Array:
     noise : (m, k)
         Of uniform noise.
     """
-    found, noise = np.nan_to_num(found, posinf=_HUGE, nan=_HUGE), np.nan_to_num(noise)
+    found, noise = (np.nan_to_num(one, nan=_HUGE, posinf=_HUGE, neginf=-_HUGE) for one in (found, noise))
     mean, spread = noise.mean(0), noise.std(0)
     # An indicator that noise hardly moves must not be all that counts.
     spread = np.maximum(spread, _STEADY * found.std(0))
@@ -223,7 +225,9 @@ def noise_like(samples: Mapping[str, Array], count: int, seed: int = 0) -> dict[
     generator = np.random.default_rng(seed)
     made = {}
     for name, values in samples.items():
-        axes = tuple(axis for axis in range(values.ndim) if not (values.ndim == 4 and values.shape[axis] in (1, 3)))
+        # The axis of channels: the first or the last after that of the samples.
+        own = next((axis for axis in (1, 3) if values.ndim == 4 and values.shape[axis] in (1, 3)), 0)
+        axes = tuple(axis for axis in range(values.ndim) if axis != own or not own)
         low, high = values.min(axes or None, keepdims=True), values.max(axes or None, keepdims=True)
         uniform = generator.uniform(low, high, (count, *values.shape[1:]))
         made[name] = (np.round(uniform) if values.dtype.kind in "iu" else uniform).astype(values.dtype)
@@ -269,10 +273,13 @@ def _norms(
             continue
         mean, raised, square = (_free(f"{node.output[0]}/{what}", taken) for what in ("mean", "raised", "square"))
         # Averaged in the graph: the values themselves of all layers would fill the memory.
+        # In float32, since in half precision a square overflows from 256 on.
+        wide = _free(f"{node.output[0]}/wide", taken)
         copy.graph.node.extend(
             [
-                helper.make_node("GlobalAveragePool", [node.output[0]], [mean]),
-                helper.make_node("Mul", [node.output[0], node.output[0]], [raised]),
+                helper.make_node("Cast", [node.output[0]], [wide], to=onnx.TensorProto.FLOAT),
+                helper.make_node("GlobalAveragePool", [wide], [mean]),
+                helper.make_node("Mul", [wide, wide], [raised]),
                 helper.make_node("GlobalAveragePool", [raised], [square]),
             ]
         )

@@ -12,15 +12,15 @@ import torch
 
 from xdonnx.allocation import Curve
 from xdonnx.budget import Plan
+from xdonnx.contents import READ, content, read_by
 from xdonnx.errors import MachineError
 from xdonnx.graph import Net
 from xdonnx.journal import IDENTITY, Entry, Journal
 from xdonnx.machine import machines_fault
 from xdonnx.methods.layerwise import Bench, Outcome, Trace
-from xdonnx.model import fingerprint, model_files
 from xdonnx.patch import Patch
 from xdonnx.report import plain, tool
-from xdonnx.shots import Shots
+from xdonnx.shots import Shots, Unread
 from xdonnx.tries import Try
 from xdonnx.verification import shots_facts
 from xdonnx.wanted import Job
@@ -29,26 +29,40 @@ from xdonnx.wanted import Job
 _FREE = {"out", "gate", "force", "external_data", "resume", "memory"}
 
 
-def identity(job: Job, fit: Shots, device: str) -> dict[str, Any]:
-    """Return all that the student rests on: options, files, samples, versions."""
+def identity(job: Job, fit: Shots, held_out: Shots, pool: Shots | Unread | None, device: str) -> dict[str, Any]:
+    """Return all that the student rests on: options, what the files hold, samples, versions."""
+    files = {
+        name: [content(path) for path in paths if path.exists()]
+        for name, paths in read_by(job).items()
+        if name not in _SEEN
+    }
     versions = tool()
     return {
-        **{name: value for name, value in plain(job.model_dump()).items() if name not in _FREE},
-        "teacher": [fingerprint(path) for path in model_files(job.model)],
+        **{name: value for name, value in plain(job.model_dump()).items() if name not in {*_FREE, *READ}},
+        **files,
         "samples": shots_facts(fit, "").sha256,
+        "held out": shots_facts(held_out, "").sha256,
+        "images of the pool": shots_facts(pool, "").sha256 if isinstance(pool, Shots) else "",
         "device": device,
-        "versions": {"xdonnx": versions.version, "torch": versions.torch},
+        "versions": {name: getattr(versions, name) for name in ("version", "torch", "onnx", "onnxruntime")},
     }
+
+
+# Of these the samples that came of them are told.
+_SEEN = {"shots", "labels", "holdout"}
 
 
 @contextmanager
 def keeping(journal: Journal) -> Iterator[None]:
-    """Keep the journal where the job is stopped or the machine fails it; remove it however else the job ends."""
+    """Keep the journal where the job is stopped or the machine fails it; remove it however else the job ends.
+
+    That of a job which went on is kept until it is done: a mistake in between must not cost the work.
+    """
     try:
         yield
     except BaseException as error:
         stopped = isinstance(error, (KeyboardInterrupt, SystemExit, MachineError)) or machines_fault(error)
-        if stopped and (journal.folder / IDENTITY).exists():
+        if (stopped or journal.resumed) and (journal.folder / IDENTITY).exists():
             error.add_note("What was done so far is kept. To go on: the same command with --resume.")
         else:
             journal.close()

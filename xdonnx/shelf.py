@@ -179,7 +179,7 @@ class Shelf:
         MachineError
             The disk is full, or cannot be written to.
         """
-        place = Place(tensor, self, name, chunk)
+        place = Place(_dense(tensor), self, name, chunk)
         self.resident += place.bytes
         self._inside[id(place)] = weakref.ref(place)
         if self.limit is not None and self.resident > self.limit:
@@ -230,14 +230,21 @@ class Shelf:
         self.spilled += place.bytes
 
 
-def _written(tensor: Tensor, path: Path) -> Callable[[], Tensor]:
-    """Write a tensor and return what reads it again, with the same strides where these leave no gaps."""
+def _order(tensor: Tensor) -> list[int]:
+    """Return the axes from the one of the largest stride to that of the smallest."""
     strides = tensor.stride()
-    order = sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
+    return sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return a tensor whose strides leave no gaps, which a file could not keep: sums run in the order of strides."""
+    return tensor if tensor.permute(_order(tensor)).is_contiguous() else tensor.contiguous()
+
+
+def _written(tensor: Tensor, path: Path) -> Callable[[], Tensor]:
+    """Write a dense tensor and return what reads it again, with the same strides."""
+    order = _order(tensor)
     dense = tensor.permute(order)
-    if not dense.is_contiguous():
-        order = list(range(tensor.ndim))
-        dense = tensor.contiguous()
     shape, kind, device = tuple(dense.shape), tensor.dtype, tensor.device
     raw = dense.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     with path.open("wb") as file:

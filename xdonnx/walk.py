@@ -71,6 +71,11 @@ def largest_value(net: Net) -> int:
     return max((prod(shape[1:]) for shape in net.shapes.values() if shape), default=1) or 1
 
 
+def at_once(net: Net, most: int = 64) -> int:
+    """Return how many rows a network of any batch size is shown at once: `most`, fewer where values are large."""
+    return min(most, max(1, CHUNK_BYTES // (4 * largest_value(net))))
+
+
 def chunked(net: Net, inputs: Mapping[str, np.ndarray], most: int = 64) -> list[dict[str, np.ndarray]]:
     """Cut rows into batches that the graph accepts: its fixed size, or up to `most`, fewer where values are large.
 
@@ -78,7 +83,7 @@ def chunked(net: Net, inputs: Mapping[str, np.ndarray], most: int = 64) -> list[
     """
     rows = len(next(iter(inputs.values())))
     fixed = [p.shape[0] for p in net.interface.inputs if p.shape and isinstance(p.shape[0], int)]
-    size = fixed[0] if fixed else min(most, max(1, CHUNK_BYTES // (4 * largest_value(net))))
+    size = fixed[0] if fixed else min(most, at_once(net))
     starts = range(0, rows - size + 1 if fixed else rows, size)
     return [{name: array[start : start + size] for name, array in inputs.items()} for start in starts]
 
@@ -91,6 +96,8 @@ def walk(
     visit: Visit,
     room: Room | None = None,
     others: Mapping[str, np.ndarray] | None = None,
+    *,
+    answers: bool = True,
 ) -> tuple[dict[str, list[Tensor]], ...]:
     """Execute every node once for teacher and student; values nobody reads any more are freed.
 
@@ -104,6 +111,8 @@ def walk(
         are held.
     others : {graph input: (m, ...)}, optional
         Further rows, in chunks of their own behind the others.
+    answers : bool, default=True
+        Whether the graph's outputs are wanted: of all samples, and of any size.
 
     Returns
     -------
@@ -136,7 +145,8 @@ def walk(
             for name in (*step.inputs, *step.outputs):
                 if name and program.last_read.get(name) == at:
                     pair.forget(name)
-        teacher, student = ({name: list(values[name]) for name in program.outputs} for values in pair.values)
+        wanted = program.outputs if answers else ()
+        teacher, student = ({name: list(values[name]) for name in wanted} for values in pair.values)
         room.spilled += shelf.spilled
     return teacher, student
 

@@ -69,7 +69,7 @@ def test_a_job_that_is_stopped_while_it_fits_leaves_what_resume_needs(
 
     assert seen, "the job never began to fit"
     assert process.returncode == code and out == "" and "Traceback" not in err
-    assert {name.split("/")[0] for name in listing(tmp_path)} == {"student.partial"}
+    assert {name.split("/")[0] for name in listing(tmp_path)} == {"student.onnx.partial"}
     assert "--resume" in err
 
 

@@ -12,15 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import xdonnx.methods.layerwise as layerwise
-from xdonnx.errors import JobError, MachineError
+from xdonnx.errors import JobError, MachineError, ShotsError
 from xdonnx.events import Event
+from xdonnx.graph import read_net
 from xdonnx.job import run
 from xdonnx.machine import free_memory, machines_fault, parsed_bytes
-from xdonnx.model import fingerprint
+from xdonnx.model import fingerprint, read_proto
 from xdonnx.paths import partial_folder
+from xdonnx.planfile import group_names
 from xdonnx.report import Report
 from xdonnx.wanted import Job
 
@@ -28,14 +31,18 @@ SAMPLES = Path(__file__).parents[2] / "samples"
 
 
 def job(folder: Path, **more: Any) -> Job:
-    options = {"method": ("cross", "tune"), "steps": 5, "macs": 0.5, "residual": True, "per_class": 2}
-    return Job(
-        model=SAMPLES / "digits_residual.onnx",
-        out=folder / "student.onnx",
-        shots=(str(SAMPLES / "shots"),),
-        preprocess={"preset": "unit"},
-        **{**options, **more},
-    )
+    options: dict[str, Any] = {
+        "model": SAMPLES / "digits_residual.onnx",
+        "out": folder / "student.onnx",
+        "shots": (str(SAMPLES / "shots"),),
+        "preprocess": {"preset": "unit"},
+        "method": ("cross", "tune"),
+        "steps": 5,
+        "macs": 0.5,
+        "residual": True,
+        "per_class": 2,
+    }
+    return Job(**{**options, **more})
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,7 @@ def test_a_job_that_was_stopped_goes_on_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(job(tmp_path), stopping(stage, number, KeyboardInterrupt()))
     assert "--resume" in "".join(stopped.value.__notes__)
-    assert [path.name for path in tmp_path.iterdir()] == ["student.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == ["student.onnx.partial"]
     fitted = solved(monkeypatch)
 
     run(job(tmp_path, resume=True))
@@ -132,7 +139,7 @@ def test_a_damaged_entry_is_made_again(whole: str, tmp_path: Path) -> None:
     assert fingerprint(tmp_path / "student.onnx") == whole
 
 
-@pytest.mark.parametrize(("change", "named"), [({"seed": 1}, "samples, seed"), ({"macs": 0.6}, "macs")])
+@pytest.mark.parametrize(("change", "named"), [({"seed": 1}, "held out, samples, seed"), ({"macs": 0.6}, "macs")])
 def test_the_work_of_another_job_is_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(job(tmp_path), stopping("fit", 2, KeyboardInterrupt()))
@@ -142,11 +149,11 @@ def test_the_work_of_another_job_is_refused(change: dict[str, Any], named: str, 
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "student.partial").mkdir()
-    (tmp_path / "student.partial" / "thesis.txt").write_text("mine")
+    (partial_folder(tmp_path / "student.onnx")).mkdir()
+    (partial_folder(tmp_path / "student.onnx") / "thesis.txt").write_text("mine")
     with pytest.raises(JobError, match="in the way"):
         run(job(tmp_path))
-    assert (tmp_path / "student.partial" / "thesis.txt").read_text() == "mine"
+    assert (partial_folder(tmp_path / "student.onnx") / "thesis.txt").read_text() == "mine"
 
 
 def test_resume_with_nothing_to_go_on_with_says_so(tmp_path: Path, whole: str) -> None:
@@ -175,7 +182,7 @@ def test_what_the_machine_fails_is_told_and_can_go_on(error: Exception, said: st
     with pytest.raises(MachineError, match=said) as failed:
         run(job(tmp_path), stopping("tune", 3, error))
     assert "--resume" in "".join(failed.value.__notes__)
-    assert any((tmp_path / "student.partial").glob("*.npz"))
+    assert any((partial_folder(tmp_path / "student.onnx")).glob("*.npz"))
 
 
 def test_what_is_no_fault_of_the_machine_is_none() -> None:
@@ -218,3 +225,86 @@ def test_what_is_no_amount_of_memory_is_refused(text: str, tmp_path: Path) -> No
 
 def test_some_memory_is_free() -> None:
     assert 2**26 < free_memory() < 2**50
+
+
+def test_an_edited_plan_makes_another_job(tmp_path: Path) -> None:
+    more = {"macs": None, "residual": False, "plan": tmp_path / "plan.toml", "method": ("cross",), "steps": None}
+    groups = group_names(read_net(read_proto(SAMPLES / "digits_residual.onnx")))
+    name = next(iter(groups))
+    text = (
+        f'schema_version = 1\nteacher = "{fingerprint(SAMPLES / "digits_residual.onnx")}"\nstructure = "channel"\n'
+        f'[[layer]]\nname = "{name}"\nunits = UNITS\nkeep = 4\n'
+    )
+    units = len(read_net(read_proto(SAMPLES / "digits_residual.onnx")).groups[groups[name]].ids)
+    more["plan"].write_text(text.replace("UNITS", str(units)))
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path, **more), stopping("cut", 1, KeyboardInterrupt()))
+    more["plan"].write_text(text.replace("UNITS", str(units)).replace("keep = 4", "keep = 6"))
+    with pytest.raises(JobError, match="another job: plan differ"):
+        run(job(tmp_path, resume=True, **more))
+
+
+def test_other_images_in_the_pool_make_another_job(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "pool.npy", random.integers(0, 256, (6, 16, 16, 1), np.uint8))
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path, pool=str(tmp_path / "pool.npy")), stopping("cut", 1, KeyboardInterrupt()))
+    np.save(tmp_path / "pool.npy", random.integers(0, 256, (6, 16, 16, 1), np.uint8))
+    with pytest.raises(JobError, match=r"another job: images of the pool, pool differ|another job: .*pool"):
+        run(job(tmp_path, pool=str(tmp_path / "pool.npy"), resume=True))
+
+
+@pytest.mark.parametrize("content", ["{}", "null", "[]", "no json"])
+def test_a_folder_with_a_file_called_as_ours_is_left_alone(content: str, tmp_path: Path) -> None:
+    folder = partial_folder(tmp_path / "student.onnx")
+    folder.mkdir()
+    (folder / "job.json").write_text(content)
+    (folder / "precious.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(JobError, match="in the way"):
+            run(job(tmp_path, resume=resume))
+    assert (folder / "precious.txt").read_text() == "mine" and (folder / "job.json").read_text() == content
+
+
+def test_what_others_put_beside_our_work_stays(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path), stopping("fit", 3, KeyboardInterrupt()))
+    folder = partial_folder(tmp_path / "student.onnx")
+    (folder / "precious.txt").write_text("mine")
+    run(job(tmp_path))
+    assert [path.name for path in folder.iterdir()] == ["precious.txt"]
+
+
+def test_what_is_left_of_a_removal_cut_short_is_in_nobodys_way(tmp_path: Path) -> None:
+    folder = partial_folder(tmp_path / "student.onnx")
+    folder.mkdir()
+    (folder / f"{'a' * 32}.npz").touch()
+    (folder / ".job.json.123").touch()
+    assert run(job(tmp_path)).exit_code == 0 and not folder.exists()
+
+
+def test_work_of_another_job_in_the_same_folder_is_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    run(job(expected, macs=0.7))
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path), stopping("cut", 1, KeyboardInterrupt()))
+    monkeypatch.setattr("xdonnx.journal._cleared", lambda folder: None)  # as where nothing may be removed
+    run(job(tmp_path, macs=0.7))
+    assert fingerprint(tmp_path / "student.onnx") == fingerprint(expected / "student.onnx")
+
+
+def test_a_mistake_while_going_on_does_not_cost_the_work(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path), stopping("tune", 3, KeyboardInterrupt()))
+    with pytest.raises(ShotsError):
+        run(job(tmp_path, resume=True), stopping("parity", 1, ShotsError("unreadable for a moment")))
+    assert any(partial_folder(tmp_path / "student.onnx").glob("*.npz"))
+
+
+def test_a_job_goes_on_from_another_place(whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path), stopping("tune", 3, KeyboardInterrupt()))
+    monkeypatch.chdir(SAMPLES)
+    run(job(tmp_path, resume=True, model=Path("digits_residual.onnx"), shots=("shots",)))
+    assert fingerprint(tmp_path / "student.onnx") == whole

@@ -15,7 +15,7 @@ from PIL import Image
 
 import xdonnx.rows
 import xdonnx.shots
-from xdonnx.collection import NOISE, Teacher, collect
+from xdonnx.collection import BATCH, NOISE, Teacher, collect
 from xdonnx.errors import ShotsError
 from xdonnx.events import Event, ignore
 from xdonnx.images import Preprocess
@@ -111,20 +111,21 @@ def test_scores_of_the_same_images_are_measured_once(
 
     monkeypatch.setattr(Gauge, "__call__", counted)
     first = collected(teacher, images[:30], digits[0][:10])[0]
-    assert run == [30, NOISE] and len(list(cache.iterdir())) == 1
+    noise = [BATCH] * (NOISE // BATCH)
+    assert run == [30, *noise] and len(list(cache.iterdir())) == 1
 
     again = collected(teacher, images[:30], digits[0][:10])[0]
-    assert run[2:] == [NOISE]
+    assert run[3:] == noise
     assert first.scores is not None and again.scores is not None
     np.testing.assert_array_equal(first.scores, again.scores)
     # Ten more are all that is new; with other preprocessing everything is.
     collected(teacher, images, digits[0][:10])
-    assert run[3:] == [10, NOISE]
+    assert run[5:] == [10, *noise]
     other = Request(pool=images, preprocess=Preprocess("tf")).read_pool(interface(teacher.proto).inputs)
     assert other is not None
     own = shots_of(teacher, digits[0][:10])
     collect(other, teacher, own, own, how="uniform")
-    assert run[5:] == [40, NOISE]
+    assert run[8:] == [40, *noise]
 
 
 def test_without_a_place_for_a_cache_the_scores_are_the_same(

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import xdonnx
+from xdonnx.contents import read_by
 from xdonnx.errors import JobError
 from xdonnx.page import page
-from xdonnx.sweep.identity import key, read_by
+from xdonnx.sweep.identity import key
 from xdonnx.sweep.measuring import relocated
 from xdonnx.wanted import Job
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import xdonnx
-from xdonnx.sweep.identity import content
+from xdonnx.contents import content
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PAPERS = SAMPLES / "papers"

@@ -15,10 +15,10 @@ import onnx
 import pytest
 from recipes import GRID, SAMPLES, students, swept, write
 
+from xdonnx.contents import content, read_by
 from xdonnx.errors import MachineError
 from xdonnx.sweep import cluster
 from xdonnx.sweep.description import read_sweep
-from xdonnx.sweep.identity import content, read_by
 from xdonnx.sweep.measuring import Done, Task, measure
 from xdonnx.sweep.results import SweepResults
 from xdonnx.sweep.trials import grid

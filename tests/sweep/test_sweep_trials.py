@@ -11,10 +11,10 @@ import onnxruntime
 import pytest
 from recipes import GRID, SAMPLES, described, write
 
+from xdonnx.contents import content, remembered
 from xdonnx.model import fingerprint
 from xdonnx.report import read_report
 from xdonnx.sweep.description import read_sweep
-from xdonnx.sweep.identity import content
 from xdonnx.sweep.results import SweepResults
 from xdonnx.sweep.trials import grid
 from xdonnx_cli.app import run as command_line
@@ -28,7 +28,7 @@ def test_a_trial_is_known_by_its_options_and_the_contents_of_its_files(tmp_path:
         shutil.copytree(SAMPLES / "shots", tmp_path / name / "shots")
 
     def keys(name: str, text: str = GRID) -> list[str]:
-        content.cache_clear()
+        remembered.cache_clear()
         path = write(tmp_path / name, text.replace(str(SAMPLES), "."))
         return [one.key for one in grid(read_sweep(path), tmp_path / "out")]
 
@@ -46,7 +46,7 @@ def test_the_images_that_a_list_names_count_as_its_contents(tmp_path: Path) -> N
     (tmp_path / "list.txt").write_text("a.png\n")
     before = content(tmp_path / "list.txt")
     shutil.copy(SAMPLES / "shots" / "1" / "00.png", tmp_path / "a.png")
-    content.cache_clear()
+    remembered.cache_clear()
     assert content(tmp_path / "list.txt") != before
 
 

@@ -145,9 +145,7 @@ class Crossing:
         precision = torch.float64 if exact else torch.float32
         return {"bias": meeting.bias is not None, "each": each, "dtype": precision}
 
-    def _crossed(
-        self, meeting: Meeting, teacher: Tensor, theirs: Chunks, ours: Chunks, folds: int
-    ) -> list[_Part]:
+    def _crossed(self, meeting: Meeting, teacher: Tensor, theirs: Chunks, ours: Chunks, folds: int) -> list[_Part]:
         how = self._how(meeting)
         measured = measure_folds(
             theirs, ours, None, meeting.geometry, rows=self.rows, samples=self.samples, folds=folds, **how

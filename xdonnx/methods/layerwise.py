@@ -181,7 +181,7 @@ def layerwise(
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
     drop = set(patch.drop) | _joint(net, inputs, plan, rule, bench)
     visitor = _Visitor(net, plan, rule, bench, drop, dict(patch.tensors), rows, samples or rows, len(batches))
-    walk(net, bench.program, inputs, visitor, bench.room, others)
+    walk(net, bench.program, inputs, visitor, bench.room, others, answers=False)
     return Outcome(Patch(visitor.tensors, frozenset(visitor.drop)), tuple(visitor.traces))
 
 

@@ -203,7 +203,7 @@ class Squeezing:
         sizes = [part.shape[1] for part in (rows, *wanted)]
         found = self._compared(made, given, sizes)
         if parts.adversary is not None:
-            classes = self._classes(batch.teacher)
+            classes = self._classes(batch.teacher, len(rows))
             self._seen.append((given, made.detach(), classes))
             found = found + self._pushed(parts.adversary.push(made, classes), made, given, sizes)
         return error + min(1.0, self.step / self.ramp) * found + torch.stack(task).mean()
@@ -243,7 +243,7 @@ class Squeezing:
         learned = [*ours.parameters(), *theirs.parameters(), *(tensor for head in heads for tensor in head)]
         adversary = None
         if self.adversarial:
-            scored = self._classes(batch.teacher) is not None
+            scored = self._classes(batch.teacher, len(rows)) is not None
             classes = batch.teacher[self.answers[0]].shape[1] if scored else 0
             adversary = Adversary(rows.shape[1] + sum(widths), classes, generator, device)
         return Parts(ours, theirs, heads, torch.optim.Adam(learned, lr=RATE), adversary)
@@ -270,9 +270,9 @@ class Squeezing:
         rows = [value.reshape(many, value.shape[1], -1).mean(2) for value in answers if _has_rows(value, many)]
         return torch.cat(rows, 1) if rows else None
 
-    def _classes(self, teacher: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the class that the teacher sees in each sample, None where it does not classify."""
-        if not self.answers or (scores := teacher[self.answers[0]]).ndim not in (2, 4):
+    def _classes(self, teacher: Mapping[str, Tensor], many: int) -> Tensor | None:
+        """Return the class that the teacher sees in each of so many samples, None where it does not classify."""
+        if not self.answers or (scores := teacher[self.answers[0]]).ndim not in (2, 4) or len(scores) != many:
             return None
         return scores.flatten(1).argmax(1) if scores[0].numel() == scores.shape[1] > 1 else None
 

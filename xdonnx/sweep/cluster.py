@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xdonnx.contents import files_of, read_by, remembered
 from xdonnx.errors import MachineError
 from xdonnx.report import tool
-from xdonnx.sweep.identity import content, files_of, read_by
 from xdonnx.sweep.local import DEATHS, lost
 from xdonnx.sweep.measuring import Done, Perform, Task, failure, measure
 
@@ -96,7 +96,7 @@ def there(task: Task, version: str, contents: Mapping[Path, str], packed: Mappin
 
 def located(path: Path, known: str, packed: Mapping[str, Any]) -> Path | None:
     """Return where this node has a file or folder, unpacked if need be; None where it has to be sent."""
-    if path.exists() and content(path) == known:
+    if path.exists() and remembered(path) == known:
         return path
     home = _store() / known
     if not home.is_dir():
@@ -167,7 +167,7 @@ def _perform(ray: Any, remote: Any, most: int, tasks: Sequence[Task], begin: Cal
         while waiting or busy:
             while waiting and len(busy) < most:
                 task = waiting.popleft()
-                paths = {path: content(path) for its in read_by(task.job).values() for path in its}
+                paths = {path: remembered(path) for its in read_by(task.job).values() for path in its}
                 mine = {known: packed[known] for known in paths.values() if known in packed}
                 busy[remote.remote(task, version, paths, mine)] = task
                 begin(task)
@@ -199,8 +199,8 @@ def _send(ray: Any, task: Task, missing: Missing, packed: dict[str, list[Any]]) 
     """Put what a node lacks where all of them can have it."""
     for paths in read_by(task.job).values():
         for path in paths:
-            if content(path) in missing.contents and content(path) not in packed:
-                packed[content(path)] = [ray.put(pack(path))]
+            if remembered(path) in missing.contents and remembered(path) not in packed:
+                packed[remembered(path)] = [ray.put(pack(path))]
 
 
 def _last(error: Exception) -> str:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 import xdonnx
+from xdonnx.contents import PATHS, SOURCES, is_number, named
 from xdonnx.errors import MachineError, XdonnxError
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
 from xdonnx.report import Figures, Report
-from xdonnx.sweep.identity import PATHS, SOURCES, is_number, named
 from xdonnx.sweep.records import Record
 from xdonnx.wanted import Job
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from xdonnx.contents import PATHS, SOURCES, is_number
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
 from xdonnx.methods import available
-from xdonnx.sweep.identity import PATHS, SOURCES, is_number, placed
+from xdonnx.sweep.identity import placed
 from xdonnx.wanted import Job
 
 PIXELS = tuple(field.name for field in dataclasses.fields(Preprocess))

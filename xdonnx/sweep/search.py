@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xdonnx.contents import digest
 from xdonnx.errors import MachineError
 from xdonnx.sweep.description import Choice, Description, Range, Search, Teacher
 from xdonnx.sweep.front import known_quality, points
-from xdonnx.sweep.identity import digest
 from xdonnx.sweep.options import is_whole
 from xdonnx.sweep.records import Record
 from xdonnx.sweep.trials import Trial, trial
