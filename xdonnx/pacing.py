@@ -243,7 +243,7 @@ def _warn(pace: Pace, log: Log) -> None:
             f"{pace.student / pace.teacher:.0%} of the teacher may be at {pace.band.low:.0%} to {pace.band.high:.0%}"
         )
         if pace.processor is not None:
-            text += f"; so the processor's time was compared instead: {pace.processor:.1%}"
+            text += f"; so the processor's time on one thread was compared instead: {pace.processor:.1%}"
         log(Event("pace", text, level="warning"))
 
 
