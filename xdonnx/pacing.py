@@ -152,7 +152,13 @@ def paced(
         share = _next(budget, found, least / max(whole, 1))
         if share is None or len({tuple(pace.plan.channels.items()) for pace in found}) >= TRIES:
             break
-        plan = divide(budget, replace(goal, limit=max(share * whole, least)))
+        try:
+            plan = divide(budget, replace(goal, limit=max(share * whole, least)))
+        except NothingToDo:
+            # No narrower network is predicted to be faster: what was measured so far is all there is.
+            if not found:
+                raise
+            break
         known = next((pace for pace in found if pace.plan == plan), None)
         pace = replace(known, share=share) if known else race.run(share, plan)[0]
         found.append(pace)
@@ -179,7 +185,9 @@ def _rounded(
             at, plan = _telling(budget, made, divide, share, by)
         except NothingToDo:
             continue  # so coarse that all would stay
-        if all(plan != other for *_, other in goals):
+        # What cannot get as far is no choice, however fast it is.
+        far = goal.cost(plan.channels) <= (share + NEAR) * goal.cost({})
+        if (far or not goals) and all(plan != other for *_, other in goals):
             goals.append((made, at, plan))
     if len(goals) < 2:
         return (goals[0][0] if goals else goal), []
@@ -243,7 +251,7 @@ def _warn(pace: Pace, log: Log) -> None:
             f"{pace.student / pace.teacher:.0%} of the teacher may be at {pace.band.low:.0%} to {pace.band.high:.0%}"
         )
         if pace.processor is not None:
-            text += f"; so the processor's time was compared instead: {pace.processor:.1%}"
+            text += f"; so the processor's time on one thread was compared instead: {pace.processor:.1%}"
         log(Event("pace", text, level="warning"))
 
 
