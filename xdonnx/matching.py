@@ -35,7 +35,7 @@ _SAME_SOURCES, _SAME_READERS, _WIDTH, _ALONE, _ABSENT = 0.5, 0.5, 0.5, 1.0, 0.3
 # Samples that are looked at, at most.
 SAMPLES = 64
 # Mean confidence below which a student is taken for another teacher's. The same architecture trained again was found
-# at 0.25 to 0.38, pruned and refitted students above 0.95, and the crudest decompositions at 0.6.
+# at 0.28 to 0.40, pruned and refitted students above 0.95, and the crudest decompositions at 0.78.
 ENOUGH = 0.5
 # A pair below this may be wrong even where the others are right.
 DOUBTFUL = 0.25
