@@ -12,6 +12,7 @@ from reports import PIXEL, full_report, gate, layer, shot
 
 from xdonnx.page import page
 from xdonnx.report import Fidelity, LayerResult, OutputError, Report
+from xdonnx.sheet import PoolImage, PoolSheet
 
 # Elements that have no end tag.
 VOID = {"meta", "link", "img", "br"}
@@ -213,3 +214,34 @@ def test_a_page_of_any_report_is_whole(changes: dict) -> None:
     judged = report.gates or report.status != "passed"
     assert {"passed": "Passed" if judged else "Done", "failed": "Failed", "rejected": "Rejected"}[report.status] in text
     assert "nan" not in text.lower().split() and "None" not in text
+
+
+def test_both_ends_of_a_pool_are_shown_whatever_its_images_are_called() -> None:
+    def image(name: str, score: float) -> PoolImage:
+        return PoolImage(sample=name, score=score, chance=0.1, thumbnail=PIXEL if score < 0 else None)
+
+    sheet = PoolSheet(
+        images=1200,
+        used=1190,
+        twins=10,
+        unreadable=("bad.png",),
+        draw="preferential",
+        indicators=("mp", "dms"),
+        quantiles=(-2.0, -0.5, 0.0, 0.5, 3.0),
+        effective=321.4,
+        most_related=(image("cats/<b>1</b>.png", -2.0),),
+        least_related=(image("noise.png", 3.0),),
+    )
+
+    found = Reader(page(full_report(pool=sheet, fit_samples=10)))
+
+    for words in (
+        "1,190 images, preferential draw; 10 left out as samples; 1 unreadable",
+        "Most related cats/<b>1</b>.png score -2.00",
+        "Least related no image noise.png score 3.00",
+        "of 321 images drawn evenly",
+        "fitted on 10 and a pool of 1190",
+    ):
+        assert words in found.text, words
+    uniform = sheet.model_copy(update={"quantiles": (), "most_related": (), "least_related": ()})
+    assert "Nothing of this model says" in Reader(page(full_report(pool=uniform))).text

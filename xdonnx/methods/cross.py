@@ -8,7 +8,8 @@ For every convolution from front to back, earlier layers already compressed:
   3. write W into the student and go on.
 Correction alone lets errors pile up, regression (each on its own input) fits the noise of a few shots; the crossing
 stands between. The paper solves step 2 by proximal gradient; with the three moments of the layer it is one quadratic,
-and ADMM or greedy removal with exact refits reach a lower error in a fraction of the time.
+and ADMM or greedy removal with exact refits reach a lower error in a fraction of the time. Images of a pool, where
+there is one, are further rows of a smaller weight.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Feature tuning: the whole student at once, held against the frozen teacher, without labels.
 
 After layers were fitted one by one, what is left is the error of their interplay:
-  1. show both networks views and mixtures of the shots;
+  1. show both networks views and mixtures of the shots, and of as many images of a pool where there is one;
   2. compare them at the end of every stage, at the features before global pooling and at the answers before the
      softmax, each error as a share of the teacher's energy there;
   3. move all weights that are left by Adam, masks frozen, and keep the average that held-out shots like best.
