@@ -11,9 +11,9 @@ Attention, heads, transforms and adversary are thrown away afterwards. No labels
 
 The vectors cannot become alike by saying nothing. The teacher's attention learns from its heads alone, no gradient of
 the comparison reaches it, and its vectors are weighted means of features that never change; errors are shares of the
-teacher's energy, so a student whose vectors are zero errs by 1, the most that doing nothing costs.
+teacher's energy, so a student whose vectors are zero errs by 1.
 
-Where the paper leaves open how levels hang together, the vector of a level is part of the query of the next finer one.
+"Hierarchical" is read from the paper's abstract: the vector of a level is part of the query of the next finer one.
 The adversary pulls at most by a set share of what the comparison pulls, so that it can neither take over nor explode.
 What is judged is :func:`~xdonnx.methods.tune.matching`, as for `tune`: a loss that moves cannot say which weights are
 best.
@@ -50,6 +50,10 @@ RAMP = 0.2
 @dataclass(frozen=True)
 class Lambdas:
     """The weights of the terms, beside a weight of 1 for what `tune` compares.
+
+    They are small because features overfit least: on ResNet-20 with a tenth of its weights, 10 images per class and 150
+    steps, the relative error of the answers on other images was 0.429 at `answers=1`, 0.423 at 0.3, 0.419 at 0.1 (with
+    `vectors=0.3`, without an adversary; one draw) and 0.416 after `tune`.
 
     Parameters
     ----------
@@ -174,7 +178,7 @@ class Squeezing:
         self.levels, self.answers, self.lambdas = levels, answers, lambdas
         self.adversarial, self.seed, self.log = adversarial, seed, log
         self.parts: Parts | None = None
-        self._told = False
+        self._told: set[str] = set()
 
     def begin(self, student: Student, steps: int) -> None:
         """Have all parts as new."""
@@ -187,7 +191,8 @@ class Squeezing:
         error = matching(batch)
         teacher = [_map(batch.whole[name], axis) for name, axis in self.levels.items()]
         if not teacher or (rows := self._rows(batch.teacher, len(teacher[0]))) is None:
-            return error  # nothing to squeeze, or no task to squeeze it for
+            self._tell("no stage to squeeze, or no answers to squeeze it for: trained as tune does.", level="warning")
+            return error
         parts = self.parts = self.parts or self._opened(batch, teacher, rows)
         student = [_map(batch.student[name], axis) for name, axis in self.levels.items()]
         scales = [features.square().mean().sqrt().clamp(min=1e-6) for features in teacher]
@@ -219,9 +224,8 @@ class Squeezing:
         if adversary is not None and self._seen:
             given, made, classes = zip(*self._seen, strict=True)
             adversary.learn(torch.cat(given), torch.cat(made), None if classes[0] is None else torch.cat(classes))
-            if adversary.retired and not self._told:
-                self._told = True
-                self.log(Event("tune", "the adversary broke down: squeezed without it from there on.", level="warning"))
+            if adversary.retired:
+                self._tell("the adversary broke down: squeezed without it from there on.", level="warning")
         self._seen.clear()
 
     def _opened(self, batch: Batch, teacher: list[Tensor], rows: Tensor) -> Parts:
@@ -246,7 +250,14 @@ class Squeezing:
             scored = self._classes(batch.teacher, len(rows)) is not None
             classes = batch.teacher[self.answers[0]].shape[1] if scored else 0
             adversary = Adversary(rows.shape[1] + sum(widths), classes, generator, device)
+        with_one = "with" if self.adversarial else "without"
+        self._tell(f"{len(widths)} stages are squeezed into {sum(widths)} numbers, {with_one} an adversary")
         return Parts(ours, theirs, heads, torch.optim.Adam(learned, lr=RATE), adversary)
+
+    def _tell(self, text: str, level: str = "info") -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self.log(Event("tune", text, level=level))
 
     def _compared(self, made: Tensor, given: Tensor, sizes: list[int]) -> Tensor:
         """Return the weighted errors of answers and vectors, which lie side by side."""
