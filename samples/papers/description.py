@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import xdonnx  # before torch, which its other modules import: see the README's Troubleshooting
+from xdonnx.contents import is_number
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.methods import available
 from xdonnx.report import tool
-from xdonnx.sweep.identity import is_number, key, placed, sources
+from xdonnx.sweep.identity import key, placed, sources
 from xdonnx.wanted import Job
 
 # What a row, a seed or the script itself says; the rest of a Job may stand in `options`.

@@ -152,7 +152,7 @@ def test_a_second_walk_sees_the_student_that_the_first_left(monkeypatch: pytest.
     patch = make("cross", {})(net, Patch(), shots, plan, bench).patch
     walk = driver.walk
 
-    def spied(*arguments: Any) -> Any:
+    def spied(*arguments: Any, **_: Any) -> Any:
         seen.append(walk(*arguments))
         return seen[-1]
 

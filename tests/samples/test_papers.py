@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import xdonnx
-from xdonnx.contents import content
+from xdonnx.contents import remembered
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PAPERS = SAMPLES / "papers"
@@ -334,7 +334,7 @@ def test_a_run_is_known_by_its_options_and_the_contents_of_its_files(tmp_path):
     table = description.read_table(path)
 
     def keys(folder, **more):
-        content.cache_clear()
+        remembered.cache_clear()
         return [run.key for run in description.runs(table, path, tmp_path / folder, **more)]
 
     first = keys("one")
