@@ -44,7 +44,7 @@ from xdonnx.shots import Shots, Unread
 from xdonnx.sizing import Scales
 from xdonnx.tables import stopwatch
 from xdonnx.targets import Means, first_plan, met
-from xdonnx.tries import TRIES, Try, halve
+from xdonnx.tries import FINEST, TRIES, Try, halve
 from xdonnx.verification import check_asked, check_interface
 from xdonnx.walk import affordable, at_once, chunked
 from xdonnx.wanted import Job as Job
@@ -210,11 +210,15 @@ def _smallest(job: Job, ready: Prepared, shop: Workshop, log: Log) -> tuple[Judg
             passed=passed,
         )
         word = "passed" if passed else "failed"
-        log(Event("smallest", f"{tries[share].asked}: {word}", done=len(tries), total=TRIES))
+        log(Event("smallest", f"{tries[share].asked}: {word}", done=len(tries), total=max(TRIES, len(tries))))
         # The other limits are kept by removing more.
         return not broken & {"max_drop", "max_error"}
 
-    halve(plan, faithful, floor(ready.net, job.at(0.5).budget()))
+    least = floor(ready.net, job.at(0.5).budget())
+    halve(plan, faithful, least)
+    if tries and all(one.passed for one in tries.values()) and min(tries) > least + FINEST:
+        text = f"every share that was tried passed: less may pass too, down to the {least:.1%} that cannot go."
+        log(Event("smallest", text, level="warning"))
     if not held:
         raise NothingToDo("no share of the network may go.\n  See what may: xdonnx inspect.")
     share, chosen = held[True] if True in held else held[False]

@@ -14,6 +14,8 @@ from xdonnx.errors import JobError, MachineError
 
 # Of the memory that is free, what a job takes unasked.
 SHARE = 0.6
+# Less is a slip of the pen: bytes where gigabytes were meant.
+LEAST = 1_000_000
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 # Where control groups say what a container may use and uses: version 2, then version 1.
 _GROUPS = (
@@ -24,18 +26,22 @@ _SHORT = ("out of memory", "can't allocate memory", "cannot allocate memory", "b
 _LOST = ("cuda error", "cudnn error", "cublas error", "cusolver error", "nvml", "no cuda-capable device")
 
 
-def parsed_bytes(text: str, flag: str = "--memory") -> int:
-    """Return the bytes that a text such as 8GB, 500MB or 2GiB stands for; a bare number is bytes.
+def parsed_bytes(text: str | int, flag: str = "--memory") -> int:
+    """Return the bytes that a text such as 8GB, 500MB or 2GiB stands for; a number is bytes, a text has its unit.
 
     Raises
     ------
     JobError
         It stands for none.
     """
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmgt]?i?)b?\s*", str(text), re.IGNORECASE)
-    size = float(found[1]) * _UNITS.get(found[2].lower(), math.nan) if found else math.nan
-    if not size >= 1:
-        raise JobError(f"{flag} is '{text}'.\n  It is an amount of bytes with its unit: 8GB, 500MB or 2GiB.")
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmgt]i?b?|b)\s*", str(text), re.IGNORECASE)
+    size = float(found[1]) * _UNITS.get(found[2].lower().removesuffix("b"), math.nan) if found else math.nan
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = float(text)
+    if not size >= LEAST:
+        raise JobError(
+            f"{flag} is '{text}'.\n  It is an amount of bytes with its unit, 1MB or more: 8GB, 500MB or 2GiB."
+        )
     return int(size)
 
 

@@ -12,6 +12,8 @@ from xdonnx.strict import STRICT
 
 # Students that are made and judged at most, and how near to each other two of them are worth being.
 TRIES, FINEST = 6, 0.002
+# Tries while none has failed, so that what was not reached is not taken for the limit.
+MOST_TRIES = 12
 
 P = TypeVar("P")
 
@@ -67,7 +69,7 @@ def halve(plan: Callable[[float], P], faithful: Callable[[float, P], bool], floo
     """
     low, high = floor, 1.0
     seen: list[tuple[P, bool]] = []
-    while high - low > FINEST and len(seen) < TRIES:
+    while high - low > FINEST and len(seen) < (MOST_TRIES if all(good for _, good in seen) else TRIES):
         # So many digits as a user types, who may want the same again.
         share = round((low + high) / 2, 3)
         try:

@@ -211,13 +211,16 @@ def test_a_job_with_little_memory_gives_the_same_bytes_and_says_what_it_took(who
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("8GB", 8 * 10**9), ("1.5 gib", 3 * 2**29), ("500m", 5 * 10**8), ("2048", 2048), (" 1kB ", 1000)]
+    ("text", "size"),
+    [("8GB", 8 * 10**9), ("1.5 gib", 3 * 2**29), ("500m", 5 * 10**8), (3_000_000, 3_000_000), (" 2000kB ", 2_000_000)],
 )
 def test_amounts_of_memory_are_read(text: str, size: int) -> None:
     assert parsed_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "8 apples", "-1GB", "0", "0.1", "GB", "1e9", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "8 apples", "-1GB", "0", "0.1", "GB", "1e9", "nan", "8", "8000000", "1kB", 8, True]
+)
 def test_what_is_no_amount_of_memory_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="--memory is"):
         job(tmp_path, memory=text)

@@ -47,7 +47,8 @@ def test_halving_ends_within_a_sixtyfourth_above_the_edge(edge: float) -> None:
 
 def test_where_nothing_is_good_enough_the_mildest_keeps_nearly_all_and_where_everything_is_little_is_left() -> None:
     assert max(looked_for(2.0)) == pytest.approx(0.986, abs=0.002)
-    assert min(looked_for(0.0)) == pytest.approx(0.114, abs=0.002)
+    # While none has failed the limit is not found, and less is tried.
+    assert min(looked_for(0.0)) == pytest.approx(0.102, abs=0.002)
 
 
 def test_a_plan_is_judged_once_and_what_is_out_of_reach_is_none() -> None:
