@@ -319,6 +319,8 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request
     if job.student is not None:
         check_file(job.student)
         check_spared(job.out, job.student, "--student")
+        if fingerprint(job.student) == fingerprint(job.model):
+            raise NothingToDo(f"'{job.student}' is the teacher: nothing was removed from it.\n  Name a smaller file.")
     device = usable_device(job.device)
     log(Event("read", f"Read {job.model.name}"))
     proto = read_proto(job.model)

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from xdonnx.budget import Budget, make_plan
 from xdonnx.convert import convert
-from xdonnx.errors import JobError, ModelError
+from xdonnx.errors import JobError, ModelError, NothingToDo
 from xdonnx.events import ignore
 from xdonnx.gate import Gate
 from xdonnx.graph import Net, read_net
@@ -273,3 +273,11 @@ def test_a_student_of_another_teacher_is_refused_unless_a_file_says_how_it_is_me
     with pytest.raises(ModelError, match=r"given.onnx' does not look like a student of .*digits_vgg.onnx") as error:
         run(job(tmp_path, "vgg", stranger))
     assert "xdonnx match" in str(error.value)
+
+
+def test_the_teacher_itself_is_no_student(tmp_path: Path) -> None:
+    its = job(tmp_path, "vgg", read_proto(SAMPLES / "digits_vgg.onnx"))
+    twin = tmp_path / "twin.onnx"
+    twin.write_bytes((SAMPLES / "digits_vgg.onnx").read_bytes())
+    with pytest.raises(NothingToDo, match="is the teacher"):
+        run(its.model_copy(update={"student": twin}))
