@@ -51,8 +51,16 @@ def found(net: Net, student: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> 
     return match(side(net, inputs), side(read_net(student, {k: v.shape for k, v in inputs.items()}), inputs))
 
 
-@pytest.mark.parametrize("make", ["l1-norm", "spatial", "tucker", "separable"])
-@pytest.mark.parametrize("name", TEACHERS)
+# Minutes alone.
+SLOW = {("vgg16_half_cifar10_op17_bn", "tucker")}
+CASES = [
+    pytest.param(name, make, marks=[pytest.mark.paper] if (name, make) in SLOW else [])
+    for name in TEACHERS
+    for make in ("l1-norm", "spatial", "tucker", "separable")
+]
+
+
+@pytest.mark.parametrize(("name", "make"), CASES)
 def test_every_layer_of_a_student_is_found_without_its_name(name: str, make: str, data: Path) -> None:
     proto = read_proto(data / "teachers" / f"{name}.onnx")
     inputs = images(read_net(proto), data)
