@@ -79,7 +79,11 @@ class Pool:
 
 def of_the_pool(error: ShotsError) -> ShotsError:
     """Return an error of reading samples as one of reading the pool."""
-    return ShotsError(f"--pool: {str(error).replace('--shots', '--pool')}")
+    text = str(error).replace("--shots", "--pool").replace("no shots at", "nothing at")
+    # A pool has no classes.
+    for classes in (", in a sub-folder for each class", " (sub-folders are classes)"):
+        text = text.replace(classes, "")
+    return ShotsError(f"--pool: {text}")
 
 
 def check_draw(how: str) -> None:

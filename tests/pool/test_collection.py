@@ -206,7 +206,7 @@ def test_nothing_to_draw_from_is_one_clear_error(teacher: Teacher, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "readme.md").touch()
-    words = {"none": "no shots at", "empty": "is an empty folder", "texts": "no image"}[name]
+    words = {"none": "nothing at", "empty": "is an empty folder", "texts": "no image"}[name]
 
     with pytest.raises(ShotsError, match=rf"^--pool: (.|\n)*{words}"):
         Request(pool=tmp_path / name).read_pool(interface(teacher.proto).inputs)

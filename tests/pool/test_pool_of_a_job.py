@@ -82,7 +82,7 @@ def test_a_job_with_a_pool_reports_what_it_drew_from_and_one_seed_gives_one_file
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (("--pool", "none"), 5, "--pool: no shots at 'none'"),
+        (("--pool", "none"), 5, "--pool: nothing at 'none'"),
         (("--pool", "pool"), 5, "--pool: 1 of 41 images of 'pool' cannot be used: 'bad.png' (0 bytes)"),
         (("--pool", "pool", "--pool-draw", "preferental"), 2, "Did you mean 'preferential'?"),
         (("--pool-draw", "uniform"), 2, "Pass --pool PATH."),
