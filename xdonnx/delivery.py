@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import onnx
 
+from xdonnx.contents import content, digest, files_of, read_by
 from xdonnx.errors import VerifyError
 from xdonnx.events import Event, Log, legible
 from xdonnx.fidelity import compare
 from xdonnx.gate import heavy_loss, of_a_job
 from xdonnx.model import add_metadata, file_bytes, fingerprint, write_proto
 from xdonnx.paths import rejected_path
-from xdonnx.report import Fidelity, LayerResult, Report, plain, tool
+from xdonnx.report import Fidelity, FileInfo, LayerResult, Report, plain, tool
 from xdonnx.samples import fraction
 from xdonnx.shots import Shots
 from xdonnx.targets import limit_of
@@ -134,7 +135,7 @@ def delivered(
     loss = heavy_loss(report.fidelity, [result.name for result in report.gates])
     return report.model_copy(
         update={
-            "files": report.files.model_copy(update={"student": file_facts(out)}),
+            "files": report.files.model_copy(update={"student": file_facts(out), "read": _read(job)}),
             "job": plain(job.model_dump()),
             "tries": tuple(tries),
             "fit_samples": fitted,
@@ -143,6 +144,18 @@ def delivered(
             "seconds": round((datetime.now().astimezone() - started).total_seconds(), 3),
         }
     )
+
+
+def _read(job: Job) -> dict[str, FileInfo]:
+    """Return the files and folders that a job reads besides teacher and samples, by the options that name them."""
+    found = {}
+    for name, paths in read_by(job).items():
+        there = [path for path in paths if path.exists()]
+        if name not in ("model", "shots") and there:
+            sizes = [file.stat().st_size for path in there for file in files_of(path).values()]
+            whole = content(there[0]) if len(there) == 1 else digest(content(path).encode() for path in there)
+            found[name] = FileInfo(path=legible(", ".join(map(str, there))), sha256=whole, bytes=sum(sizes))
+    return found
 
 
 def _worth(fidelity: Fidelity) -> dict[str, str]:

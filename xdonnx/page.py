@@ -14,6 +14,7 @@ from xdonnx.figures import amount
 from xdonnx.plot import curve, error_text, plot
 from xdonnx.report import (
     AT_LEAST,
+    FileInfo,
     GateResult,
     LayerResult,
     Report,
@@ -68,8 +69,8 @@ def page(report: Report) -> str:
         facts=list(_facts(report)),
         files=[
             {"name": name, "path": file.path, "sha256": file.sha256, "size": f"{file.bytes:,} bytes"}
-            for name, file in report.files
-            if file is not None
+            for name, file in (*dict(report.files).items(), *report.files.read.items())
+            if isinstance(file, FileInfo)
         ],
         job=json.dumps(report.job, indent=2, ensure_ascii=False) if report.job else "",
     )

@@ -56,12 +56,13 @@ class FileInfo(BaseModel):
 
 
 class Files(BaseModel):
-    """The files of the job."""
+    """The files of the job; in `read` what else it rests on, by option: hold-out, pool, plan, a given student."""
 
     model_config = STRICT
     teacher: FileInfo | None = None
     student: FileInfo | None = None
     shots: FileInfo | None = None
+    read: dict[str, FileInfo] = {}
 
 
 class LatencyRatio(BaseModel):

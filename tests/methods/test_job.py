@@ -17,6 +17,7 @@ from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
 from xdonnx.job import run
 from xdonnx.model import file_bytes, fingerprint, interface, read_proto
+from xdonnx.page import page
 from xdonnx.paths import rejected_path
 from xdonnx.runtime import answer, open_session
 from xdonnx.wanted import Job
@@ -82,6 +83,16 @@ def test_the_student_says_where_it_comes_from(tmp_path: Path) -> None:
     assert facts["xdonnx.method"] == "cross"
     assert facts["xdonnx.target"] == "channel macs 0.5"
     assert float(facts["xdonnx.held_out_agreement"]) > 95
+
+
+def test_the_report_has_every_file_that_the_student_rests_on(tmp_path: Path) -> None:
+    np.save(tmp_path / "pool.npy", np.random.default_rng(0).integers(0, 256, (6, 16, 16, 1), np.uint8))
+    report = run(job(tmp_path, pool=str(tmp_path / "pool.npy")))
+
+    assert set(report.files.read) == {"holdout", "pool"}
+    assert report.files.read["holdout"].bytes == (SAMPLES / "held_out.npz").stat().st_size
+    assert report.files.read["pool"].path == str(tmp_path / "pool.npy")
+    assert report.files.read["pool"].sha256 in page(report)
 
 
 def test_external_data_is_read_and_written(tmp_path: Path) -> None:
