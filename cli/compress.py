@@ -31,6 +31,7 @@ from xdonnx_cli.flags import (
 )
 from xdonnx_cli.output import command_line, put_json, tables
 from xdonnx_cli.progress import told
+from xdonnx_cli.terminal import say, stderr
 from xdonnx_cli.wanted import check_cheaply, fields, library
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def compress(
     student not slower beyond the noise, weights removed. --warn-only smaller lifts the first, --max-latency-ratio 1.5
     moves the second.
     """
-    from xdonnx.paths import check_student, report_folder
+    from xdonnx.paths import check_student, partial_folder, report_folder
 
     folder = report_folder(files.out, files.report_dir)
     options = {
@@ -103,6 +104,9 @@ def compress(
         check_cheaply(model, target, options["method"], student)
         check_student(files.out, model, force=files.force, external=files.external_data)
         job = _job(model, plan, options, fields(data, pixels, sizes, target), limits, files)
+        if files.resume and not partial_folder(files.out).exists():
+            # Told before the work too: a name may be mistyped.
+            say(stderr(), f"--resume: nothing is kept for '{files.out}'; the job starts anew.", "yellow")
         with told(talk) as log:
             report: Report = library().run(job, attempt.noting(log), command=command_line())
         drawn = _published(report, job, folder)

@@ -134,3 +134,8 @@ def test_an_interrupt_is_reported(passed: Report, here: Path) -> None:
 
     assert process.returncode == 143
     assert left() == (143, "terminated", "terminated")
+
+
+def test_a_resume_with_nothing_to_go_on_with_is_told_before_the_work(here: Path) -> None:
+    ended = call(*JOB, "--resume", "--exclude", "*")
+    assert ended.code == 7 and f"nothing is kept for '{JOB[JOB.index('-o') + 1]}'" in ended.err
