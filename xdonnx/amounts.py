@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def amount_of(given: Any, kind: str) -> Amount:
     if found is None or isinstance(given, bool):
         raise JobError(f"--{kind} is '{said}'.\n  Write an amount such as {whole}, or a share such as {share}.")
     number, word = float(found[1]), found[2]
-    if number <= 0:
+    if not 0 < number < math.inf:
         raise JobError(f"--{kind} is '{said}', and has to be above 0.\n  For example {whole}, or {share}.")
     if word in ("", "%"):
         # As a decimal, since 99.9 / 100 is not 0.999.

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 
+from xdonnx.agreement import keep_sparse
 from xdonnx.augment import VIEWS, widened
 from xdonnx.convert import Program, checked, convert
 from xdonnx.crossval import Candidate
+from xdonnx.errors import JobError
 from xdonnx.given import GivenStudent
 from xdonnx.graph import Net
 from xdonnx.methods.cross import ALTERNATIVES, Cross
@@ -23,6 +25,9 @@ from xdonnx.report import LayerResult
 from xdonnx.shots import Shots
 from xdonnx.walk import affordable, chunked
 from xdonnx.wiring import wired
+
+# A share of zeros above which a student was thinned out weight by weight.
+MANY_ZEROS = 0.05
 
 # Rows that FSKD looks at: a 1x1 layer is fitted in moments, and more views of few samples helped it.
 MIXED_VIEWS = 256
@@ -51,6 +56,12 @@ def refitted(
         By the teacher's layers.
     """
     net, pairs = given.net, {pair.student[-1]: pair for pair in given.matching.pairs}
+    zeros = _zeros(net)
+    if zeros > MANY_ZEROS and any(not isinstance(method, Cross) for method in methods):
+        raise JobError(
+            f"--method fskd mixes filters, which fills zeros, and {zeros:.0%} of the student's weights are zero.\n"
+            "  Pass --method cross, which leaves them zero."
+        )
     program = own_program(net, shots, bench)
     tensors: dict[str, np.ndarray] = {}
     traces: dict[str, Trace] = {}
@@ -65,11 +76,19 @@ def refitted(
             before = traces[trace.layer].objective_before if trace.layer in traces else trace.objective_before
             traces[trace.layer] = Trace(trace.layer, before, trace.objective_after, trace.seconds)
     student = cut(net, Patch(tensors))
+    if zeros > MANY_ZEROS:
+        keep_sparse(student, chunked(net, shots.inputs, most=4)[0], bench.log)
     del student.metadata_props[:]
     student.metadata_props.extend(teacher.source.metadata_props)
     student.doc_string = teacher.source.doc_string
     student.graph.doc_string = teacher.source.graph.doc_string
     return student, layer_rows(teacher, given, traces)
+
+
+def _zeros(net: Net) -> float:
+    """Return the share of a net's weights that are zero."""
+    weights = [net.array(layer.weight) for layer in net.layers.values()]
+    return 1 - sum(map(np.count_nonzero, weights)) / max(1, sum(weight.size for weight in weights))
 
 
 def own_program(net: Net, shots: Shots, bench: Bench) -> Program:

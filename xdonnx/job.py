@@ -148,6 +148,9 @@ def _made(job: Job, ready: Prepared, shop: Workshop, log: Log) -> Judged:
     net, fit = ready.net, ready.fit
     bench = Bench(shop.program, torch.Generator().manual_seed(job.seed), note, shop.room, pool=shop.pool)
     if ready.given is not None:
+        if job.memory is not None:
+            text = "--memory holds for what is removed here; a given --student is refitted with all values in memory."
+            note(Event("fit", text, level="warning"))
         student, layers = refitted(job.methods(), net, ready.given, fit, bench)
         stamp(student, job)
         return _judged(job, ready, student, layers, heard, shop.command, log)
@@ -319,8 +322,6 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request
     if job.student is not None:
         check_file(job.student)
         check_spared(job.out, job.student, "--student")
-        if fingerprint(job.student) == fingerprint(job.model):
-            raise NothingToDo(f"'{job.student}' is the teacher: nothing was removed from it.\n  Name a smaller file.")
     device = usable_device(job.device)
     log(Event("read", f"Read {job.model.name}"))
     proto = read_proto(job.model)
@@ -344,6 +345,8 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request
     if job.student is not None:
         files = (job.model, job.student)
         given, plan = matched(files, net, fit.inputs, sizes, by=job.match, log=log), Plan("channel")
+        if fingerprint(job.student) == fingerprint(job.model):
+            raise NothingToDo(f"'{job.student}' is the teacher: nothing was removed from it.\n  Name a smaller file.")
         if job.match is None:
             check_matching(given, files)
     else:

@@ -120,7 +120,10 @@ class Side:
 def side(net: Net, inputs: Mapping[str, Array]) -> Side:
     """Look at a net: its wiring, and what its layers put out on at most `SAMPLES` of the samples."""
     count = len(next(iter(inputs.values())))
-    places = np.unique(np.linspace(0, count - 1, min(SAMPLES, count)).round().astype(np.int64))
+    fixed = [port.shape[0] for port in net.interface.inputs if port.shape and isinstance(port.shape[0], int)]
+    # Whole batches, where the graph takes no others.
+    most = -(-SAMPLES // fixed[0]) * fixed[0] if fixed else SAMPLES
+    places = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
     return Side(net, wired(net), outputs_of(net, {name: array[places] for name, array in inputs.items()}))
 
 
@@ -175,8 +178,10 @@ class _Search:
             yield self._with(partial, name, row, 0.0) if row else partial
             return
         yield replace(partial, score=partial.score - _ABSENT)
-        reads = frozenset(partial.ends.get(s, s) for s in self.teacher.wiring.inputs[name].sources)
-        reads -= set(self.teacher.net.layers) - set(partial.ends.values())
+        sources = self.teacher.wiring.inputs[name].sources
+        reads = frozenset(
+            partial.ends.get(s, s) for s in sources if s in partial.ends or s not in self.teacher.net.layers
+        )
         fitting = [row for row in self.rows if not partial.used & set(row) and self._fits(name, row)]
         shares = [_share(reads, self.student.wiring.inputs[row[0]].sources) for row in fitting]
         # Where a row reads exactly what the layer reads, others have no chance.

@@ -96,8 +96,8 @@ def wired(net: Net) -> Wiring:
 
 
 def _after(value: ir.Value) -> frozenset[str]:
-    """Return the operators that read a value, those that change nothing passed over."""
-    found: set[str] = set()
+    """Return the operators that read a value, those that change nothing passed over; '#out' is who reads answers."""
+    found: set[str] = {"#out"} if value.is_graph_output() else set()
     for node, _ in value.uses():
         if node.op_type in _SILENT:
             found.update(*(_after(made) for made in node.outputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import foreign
 import numpy as np
@@ -28,6 +29,7 @@ from xdonnx.model import read_proto
 from xdonnx.patch import Patch, cut
 from xdonnx.report import Report
 from xdonnx.runtime import answer_all, open_session
+from xdonnx.wiring import wired
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 FAST: dict[str, dict[str, object]] = {"cross": {"preset_effort": "fast"}, "fskd": {}}
@@ -281,3 +283,45 @@ def test_the_teacher_itself_is_no_student(tmp_path: Path) -> None:
     twin.write_bytes((SAMPLES / "digits_vgg.onnx").read_bytes())
     with pytest.raises(NothingToDo, match="is the teacher"):
         run(its.model_copy(update={"student": twin}))
+
+
+def test_zeros_of_a_thinned_student_stay_and_are_stored_sparsely(tmp_path: Path) -> None:
+    teacher = SAMPLES / "digits_vgg.onnx"
+    thin = tmp_path / "thin.onnx"
+    shared: dict[str, Any] = {"shots": (str(SAMPLES / "shots"),), "holdout": str(SAMPLES / "held_out.npz")}
+    shared |= {"preprocess": Preprocess("unit"), "model": teacher}
+    made = run(Job(out=thin, method=("l1-norm",), structure="element", keep=0.1, **shared))
+
+    report = run(Job(out=tmp_path / "refitted.onnx", student=thin, **shared))
+
+    assert made.student and report.student and made.fidelity and report.fidelity
+    assert report.student.nonzero <= 1.01 * made.student.nonzero and report.student.bytes <= 1.01 * made.student.bytes
+    assert (report.fidelity.accuracy_student or 0) > (made.fidelity.accuracy_student or 0)
+    with pytest.raises(JobError, match="fills zeros"):
+        run(Job(out=tmp_path / "mixed.onnx", student=thin, method=("fskd",), **shared))
+
+
+def test_a_graph_of_a_large_fixed_batch_is_matched_on_whole_batches() -> None:
+    net = read_net(read_proto(SAMPLES / "digits_vgg.onnx"))
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(net.source)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 100
+    large = read_net(fixed)
+    images = np.random.default_rng(0).random((200, *net.shapes[net.interface.inputs[0].name][1:]), np.float32)
+    found = match(
+        side(large, {net.interface.inputs[0].name: images}), side(large, {net.interface.inputs[0].name: images})
+    )
+    assert len(found.pairs) == len(net.layers)
+
+
+def test_an_answer_before_a_rectifier_is_no_matter_of_the_rectifier_alone() -> None:
+    proto = onnx.ModelProto()
+    proto.CopyFrom(read_net(read_proto(SAMPLES / "digits_vgg.onnx")).source)
+    net = read_net(proto)
+    first = next(name for name, after in wired(net).after.items() if after == {"Relu"})
+    proto.graph.output.append(onnx.ValueInfoProto(name=first))
+    proto = onnx.shape_inference.infer_shapes(proto)
+    exposed = onnx.helper.make_tensor_value_info(first, onnx.TensorProto.FLOAT, [None, *net.shapes[first][1:]])
+    proto.graph.output[-1].CopyFrom(exposed)
+    assert wired(read_net(proto)).after[first] == {"Relu", "#out"}

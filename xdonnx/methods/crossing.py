@@ -33,6 +33,9 @@ from xdonnx.solve import refit
 
 FOLDS, LEAN = 3, 0.05
 
+# A share of zeros above which a weight counts as thinned out: fewer may be chance.
+FEW_ZEROS = 0.01
+
 
 @dataclass(frozen=True, eq=False)
 class _Part:
@@ -212,6 +215,9 @@ def _mean(errors: Sequence[Quadratic], counts: Sequence[int]) -> Quadratic:
 def _chosen(parts: Sequence[_Part], ridges: Sequence[float], own: Tensor, *, bias: bool) -> Tensor:
     """Return the weights that minimise the error under the candidate that does best on folds which it did not see."""
     mask = torch.ones_like(own, dtype=torch.bool)
+    columns = own.shape[2] - bias
+    if float((own[..., :columns] == 0).double().mean()) > FEW_ZEROS:
+        mask[..., :columns] = own[..., :columns] != 0  # what another tool set to zero stays zero
 
     def solved(some: Sequence[_Part], index: int) -> Tensor:
         whole = _mean([part.errors[index] for part in some], [part.count for part in some])
