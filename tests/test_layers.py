@@ -26,6 +26,7 @@ ROWS = [
         "journal",
         "lowrank",
         "sheet",
+        "tomlfile",
         "matches",
         "amounts",
     },
@@ -72,7 +73,7 @@ TORCH_FREE = {
     "tensors", "samples", "judging", "files", "figures", "wanted", "machine", "journal", "pool", "scorecache",
     "sheet", "relatedness", "collection", "ranks", "splitting", "decomposition",
     "strict", "amounts", "tries", "tallies", "sizing", "tables", "pacing",
-    "likeness", "wiring", "matching", "matchfile", "given", "matches", "contents",
+    "likeness", "wiring", "matching", "matchfile", "given", "matches", "contents", "tomlfile",
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",

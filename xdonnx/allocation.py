@@ -122,7 +122,7 @@ def measure_curves(
                 curves[at] = _curve(net, at, readers.pop(at), probe)
                 log(Event("curves", net.groups[at].name, done=len(curves), total=len(groups)))
 
-    if probe.coarse and not _fixed(net):
+    if probe.coarse and net.interface.batch is None:
         rows = len(next(iter(inputs.values())))
         places = np.linspace(0, rows - 1, min(rows, WALKED)).astype(int)
         inputs = {name: array[places] for name, array in inputs.items()}
@@ -162,7 +162,7 @@ class _Probe:
         if self.coarse:
             count = max(2, int(max(rows, LITTLE / cost) / max(1, groups)))
         count = min(SAMPLES, count)
-        size = net.batch if _fixed(net) else min(count, rows)
+        size = net.batch if net.interface.batch is not None else min(count, rows)
         count = min(max(size, count // size * size), rows // size * size)
         # Spread over all samples, which may be sorted by class.
         places = np.linspace(0, rows - 1, count).astype(int)
@@ -191,10 +191,6 @@ class _Probe:
         compared = share[self.features :] if self.features and not wrong[0] else share
         found = float(np.mean(compared)) if len(compared) else 0.0
         return found if math.isfinite(found) else 1.0
-
-
-def _fixed(net: Net) -> bool:
-    return any(port.shape and isinstance(port.shape[0], int) for port in net.interface.inputs)
 
 
 def _curve(net: Net, at: int, readers: Sequence[_Reader], probe: _Probe) -> Curve:

@@ -75,8 +75,8 @@ def outputs_of(net: Net, inputs: Mapping[str, Array], batch: int = 8) -> dict[st
     declared = {value.name for value in copy.graph.output}
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in net.layers if name not in declared)
     session = open_session(copy, optimize=False)
-    fixed = [port.shape[0] for port in net.interface.inputs if port.shape and isinstance(port.shape[0], int)]
-    size = fixed[0] if fixed else batch
+    fixed = net.interface.batch
+    size = fixed if fixed else batch
     count = len(next(iter(inputs.values())))
     if count < size:
         raise ShotsError(f"the graph takes {size} samples at once, and there are {count}.\n  Give more samples.")

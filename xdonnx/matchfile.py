@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from xdonnx.errors import JobError, MachineError, did_you_mean
 from xdonnx.files import put
 from xdonnx.graph import Net
 from xdonnx.matching import Given, Matching, misfit
+from xdonnx.tomlfile import quoted, read_toml
 from xdonnx.wiring import wired
 
 HEADER = """\
@@ -58,22 +58,22 @@ def written(matching: Matching, nets: tuple[Net, Net], hashes: tuple[str, str], 
     names : (teacher, student, file)
         Paths as they are typed.
     """
-    plain = [_quoted(name)[1:-1] for name in names]
+    plain = [quoted(name)[1:-1] for name in names]
     lines = [HEADER.format(teacher=plain[0], student=plain[1], name=plain[2]), "schema_version = 1"]
-    lines += [f"teacher = {_quoted(hashes[0])}", f"student = {_quoted(hashes[1])}"]
+    lines += [f"teacher = {quoted(hashes[0])}", f"student = {quoted(hashes[1])}"]
     pairs = {pair.teacher: pair for pair in matching.pairs}
     for name, layer in nets[0].layers.items():
         lines += ["", "[[layer]]"]
         if name in pairs:
             pair = pairs[name]
             about = f"{len(pair.channels)} of {len(layer.out_ids)} channels, by {pair.by}"
-            row = ", ".join(_quoted(part) for part in pair.student)
-            lines += [f"# {about}", f"teacher = {_quoted(name)}", f"student = [{row}]"]
+            row = ", ".join(quoted(part) for part in pair.student)
+            lines += [f"# {about}", f"teacher = {quoted(name)}", f"student = [{row}]"]
             lines += [f"confidence = {pair.confidence:.3f}"]
         else:
-            lines += ["# nothing in the student is like it", f"teacher = {_quoted(name)}", "student = []"]
+            lines += ["# nothing in the student is like it", f"teacher = {quoted(name)}", "student = []"]
     for name in matching.alone:
-        lines += ["", f"# {_quoted(name)} of the student has no layer of the teacher: it stays as it is."]
+        lines += ["", f"# {quoted(name)} of the student has no layer of the teacher: it stays as it is."]
     return "\n".join(lines) + "\n"
 
 
@@ -108,7 +108,7 @@ def given_by(path: str | Path, nets: tuple[Net, Net], hashes: tuple[str, str]) -
         if entry.student:
             why = misfit(nets[0], entry.teacher, nets[1], wired(nets[1]), entry.student)
             if why:
-                raise JobError(f"'{path}': teacher = {_quoted(entry.teacher)}: {why}")
+                raise JobError(f"'{path}': teacher = {quoted(entry.teacher)}: {why}")
         given[entry.teacher] = Given(entry.student, _channels(path, entry, nets))
     if not any(one.row for one in given.values()):
         raise JobError(f"'{path}' matches no layer.\n  Write one with xdonnx match, or leave --match out.")
@@ -130,27 +130,20 @@ def _channels(path: str | Path, entry: MatchedLayer, nets: tuple[Net, Net]) -> n
     if entry.channels is None:
         return None
     if not entry.student:
-        raise JobError(f"'{path}': teacher = {_quoted(entry.teacher)} has channels, and no layer of the student.")
+        raise JobError(f"'{path}': teacher = {quoted(entry.teacher)} has channels, and no layer of the student.")
     has, of = len(nets[1].layers[entry.student[-1]].out_ids), len(nets[0].layers[entry.teacher].out_ids)
     wrong = len(entry.channels) != has or len(set(entry.channels)) != has
     if wrong or not all(0 <= channel < of for channel in entry.channels):
         raise JobError(
-            f"'{path}': channels of teacher = {_quoted(entry.teacher)} do not fit.\n"
+            f"'{path}': channels of teacher = {quoted(entry.teacher)} do not fit.\n"
             f"  They are {has} different numbers from 0 to {of - 1}: the teacher's, for each of the student's."
         )
     return np.array(entry.channels, np.int64)
 
 
 def _read(path: Path) -> MatchFile:
-    try:
-        found = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError as error:
-        hint = f"Make one: xdonnx match TEACHER STUDENT --shots PATH -o {path.name}"
-        raise JobError(f"no matching at '{path}'.\n  {hint}") from error
-    except OSError as error:
-        raise JobError(f"cannot read the matching '{path}': {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise JobError(f"'{path}' is not TOML: {error}.\n  A matching is what xdonnx match writes.") from error
+    how = f"xdonnx match TEACHER STUDENT --shots PATH -o {path.name}"
+    found = read_toml(path, "matching", "xdonnx match", how)
     try:
         return MatchFile.model_validate_json(json.dumps(found, default=str))
     except ValidationError as error:
@@ -169,8 +162,3 @@ def _told(error: ValidationError, found: Mapping[str, object]) -> str:
     if first["type"] == "missing":
         return f"'{key}' is missing{where}.\n  Put it back, or write the file again: xdonnx match."
     return f"'{key}'{where} is {first['input']!r}.\n  {first['msg']}."
-
-
-def _quoted(text: str) -> str:
-    """Return a TOML string; in JSON all but one control character is escaped as TOML wants it."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

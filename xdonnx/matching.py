@@ -120,9 +120,9 @@ class Side:
 def side(net: Net, inputs: Mapping[str, Array]) -> Side:
     """Look at a net: its wiring, and what its layers put out on at most `SAMPLES` of the samples."""
     count = len(next(iter(inputs.values())))
-    fixed = [port.shape[0] for port in net.interface.inputs if port.shape and isinstance(port.shape[0], int)]
+    fixed = net.interface.batch
     # Whole batches, where the graph takes no others.
-    most = -(-SAMPLES // fixed[0]) * fixed[0] if fixed else SAMPLES
+    most = -(-SAMPLES // fixed) * fixed if fixed else SAMPLES
     places = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
     return Side(net, wired(net), outputs_of(net, {name: array[places] for name, array in inputs.items()}))
 

@@ -55,6 +55,11 @@ class Interface:
     metadata: Mapping[str, str]
     doc: str
 
+    @property
+    def batch(self) -> int | None:
+        """The samples that every run takes; None where the graph leaves that free."""
+        return next((port.shape[0] for port in self.inputs if port.shape and isinstance(port.shape[0], int)), None)
+
 
 def read_proto(path: str | Path) -> onnx.ModelProto:
     """Read and check an ONNX file; external data is loaded, sparse initializers are made dense.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from pydantic_core import ErrorDetails
 from xdonnx.budget import Plan, macs, pretend
 from xdonnx.errors import JobError, MachineError, NothingToDo, did_you_mean
 from xdonnx.graph import Net
+from xdonnx.tomlfile import quoted, read_toml
 
 Points = tuple[tuple[int, float], ...]
 """(units kept, error) from all units downwards; see `allocation.Curve`."""
@@ -127,13 +127,13 @@ def written(net: Net, file: PlanFile, model: str, name: str) -> str:
         Paths of the teacher and of the plan, as they are typed.
     """
     single = file.structure == "element"
-    model, name = _quoted(model)[1:-1], _quoted(name)[1:-1]
+    model, name = quoted(model)[1:-1], quoted(name)[1:-1]
     lines = [HEADER.format(model=model, name=name, what="Weights" if single else "Channels")]
     lines += [
         f"schema_version = {file.schema_version}",
-        f"teacher = {_quoted(file.teacher)}",
-        f"structure = {_quoted(file.structure)}",
-        f"target = {_quoted(file.target)}",
+        f"teacher = {quoted(file.teacher)}",
+        f"structure = {quoted(file.structure)}",
+        f"target = {quoted(file.target)}",
     ]
     groups = group_names(net)
     whole = max(1, sum(layer.macs for layer in net.layers.values()))
@@ -141,9 +141,9 @@ def written(net: Net, file: PlanFile, model: str, name: str) -> str:
         if single:
             about = f"{net.layers[layer.name].macs / whole:.1%} of the MACs"
         else:
-            readers = ", ".join(_quoted(reader) for reader in net.groups[groups[layer.name]].readers)
+            readers = ", ".join(quoted(reader) for reader in net.groups[groups[layer.name]].readers)
             about = f"takes part in {macs_share(net, groups[layer.name]):.1%} of the MACs; read by {readers}"
-        lines += ["", "[[layer]]", f"# {about}", f"name = {_quoted(layer.name)}"]
+        lines += ["", "[[layer]]", f"# {about}", f"name = {quoted(layer.name)}"]
         lines += [f"units = {layer.units}", f"keep = {layer.keep}"]
         if layer.curve:
             points = ", ".join(f"[{kept}, {float(f'{error:.4g}')!r}]" for kept, error in layer.curve)
@@ -171,14 +171,7 @@ def read_planfile(path: str | Path) -> PlanFile:
         There is no such file, it is not TOML, or it holds what no plan holds.
     """
     path = Path(path)
-    try:
-        found = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError as error:
-        raise JobError(f"no plan at '{path}'.\n  Make one: xdonnx plan MODEL --shots PATH -o {path.name}") from error
-    except OSError as error:
-        raise JobError(f"cannot read the plan '{path}': {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise JobError(f"'{path}' is not TOML: {error}.\n  A plan is what xdonnx plan writes.") from error
+    found = read_toml(path, "plan", "xdonnx plan", f"xdonnx plan MODEL --shots PATH -o {path.name}")
     try:
         return PlanFile.model_validate_json(json.dumps(found, default=str))
     except ValidationError as error:
@@ -277,8 +270,3 @@ def _told(error: ErrorDetails, found: Mapping[str, object]) -> str:
     if key == "keep":
         return f"keep = {error['input']!r}{here} is not a whole number.\n  It is the number of units that stay."
     return f"'{key}'{here} is {error['input']!r}.\n  {error['msg']}."
-
-
-def _quoted(text: str) -> str:
-    """Return a TOML string; in JSON all but one control character is escaped as TOML wants it."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -82,8 +82,8 @@ def chunked(net: Net, inputs: Mapping[str, np.ndarray], most: int = 64) -> list[
     Rows that do not fill a fixed batch are left out.
     """
     rows = len(next(iter(inputs.values())))
-    fixed = [p.shape[0] for p in net.interface.inputs if p.shape and isinstance(p.shape[0], int)]
-    size = fixed[0] if fixed else min(most, at_once(net))
+    fixed = net.interface.batch
+    size = fixed if fixed else min(most, at_once(net))
     starts = range(0, rows - size + 1 if fixed else rows, size)
     return [{name: array[start : start + size] for name, array in inputs.items()} for start in starts]
 

@@ -222,8 +222,7 @@ class _Run:
 
     def _rows_at_once(self, sample: Mapping[str, Tensor]) -> int:
         """Return how many rows a run may have: any number, unless the graph was exported for one batch size alone."""
-        fixed = [port.shape[0] for port in self.net.interface.inputs if port.shape and isinstance(port.shape[0], int)]
-        if not fixed:
+        if self.net.interface.batch is None:
             return self.plan.batch
         twice = {name: torch.cat([x, x]) for name, x in sample.items()}
         try:
