@@ -30,7 +30,7 @@ ROWS = [
         "matches",
         "amounts",
     },
-    {"moments", "tries"},
+    {"moments", "tries", "descent"},
     {"runtime", "report", "paths", "draw", "images", "labels", "cost", "connection", "operators", "removal"},
     {"layers", "reshaping", "sources", "stem", "feeds", "solve", "contributions", "worst", "summary", "junit", "plot"},
     {"rows", "tensors"},
@@ -77,7 +77,7 @@ TORCH_FREE = {
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",
-    "crossval", "direct", "shelf", "lowrank",
+    "crossval", "direct", "shelf", "lowrank", "descent",
 }  # fmt: skip
 
 

@@ -167,7 +167,7 @@ class _Problem:
         assert self.structure is not None
         moments = measure(stop.teacher, stop.student, stop.geometry, bias=False)
         matrix = to_matrix(stop.weight, None, stop.geometry).double()
-        solver = PGD(iterations=steps, rate=RATE, refit=False)
+        solver = PGD(iterations=steps, rate=RATE, refit=False, single=True)
         found = solver(objective(cross(MU), moments, matrix), matrix, self.structure, self.keep)
         weight, _ = from_matrix(found.weight, stop.geometry, False, tuple(stop.weight.shape))
         return weight.to(stop.weight)

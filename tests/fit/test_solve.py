@@ -1,7 +1,6 @@
 """Solvers against data space, numpy's least squares, and every support there is."""
 
-from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from torch.nn import functional
 
 from xdonnx.columns import from_matrix, to_matrix, unroll
 from xdonnx.connection import Quadratic, cross, damped, objective, regression
+from xdonnx.descent import Adam, Descent
 from xdonnx.errors import JobError
 from xdonnx.moments import measure
 from xdonnx.solve import ADMM, PGD, SOLVERS, Greedy, refit
@@ -228,33 +228,17 @@ def test_lambda_ramp_walks_as_proximal_descent_does_on_real_convolutions(random_
     torch.testing.assert_close(mine, weight, rtol=1e-6, atol=1e-9)
 
 
-@dataclass
-class Watched:
-    """A quadratic that remembers where it was asked for its slope."""
-
-    q: Quadratic
-    seen: list = field(default_factory=list)
-
-    def __post_init__(self):
-        self.hess, self.lin, self.const = self.q.hess, self.q.lin, self.q.const
-
-    def __call__(self, w):
-        return self.q(w)
-
-    def grad(self, w):
-        self.seen.append(w.clone())
-        return self.q.grad(w)
-
-
 @pytest.mark.parametrize("kind", ["element", "channel", "2:4"])
-def test_descent_never_rises_while_the_kept_count_stands(random_layer, kind):
+def test_descent_never_rises_while_the_kept_count_stands(random_layer, kind, monkeypatch):
     layer = random_layer(33, channels=8, groups=2)
     q, teacher = problem_of(layer, regression())
-    structure, watched = structures_of(teacher, 9)[kind], Watched(q)
+    structure, walk = structures_of(teacher, 9)[kind], []
+    step = Descent.step
+    monkeypatch.setattr(Descent, "step", lambda self, t: walk.append(self.weight) or step(self, t))
 
-    found = PGD(iterations=90, optimizer="gradient", refit=False)(watched, teacher, structure, half_of(structure))
+    found = PGD(iterations=90, optimizer="gradient", refit=False)(q, teacher, structure, half_of(structure))
 
-    walk = [*watched.seen, found.weight]
+    walk.append(found.weight)
     counts, errors = [int((w != 0).sum()) for w in walk], [float(q(w)) for w in walk]
     stands = [at for at in range(1, len(walk)) if counts[at] == counts[at - 1]]
     assert len(stands) >= 50 and counts == sorted(counts, reverse=True)
@@ -262,13 +246,32 @@ def test_descent_never_rises_while_the_kept_count_stands(random_layer, kind):
     assert errors[-1] < errors[stands[-55]]
 
 
-def test_pruned_weights_never_come_back_in_the_kept_ramp(random_layer):
-    layer = random_layer(34)
+@pytest.mark.parametrize("kind", ["element", "channel", "2:4"])
+def test_pruned_weights_never_come_back_in_the_kept_ramp(random_layer, kind, monkeypatch):
+    layer = random_layer(34, channels=8)
     q, teacher = problem_of(layer, regression())
-    structure, watched = structures_of(teacher, 9)["element"], Watched(q)
-    PGD(iterations=90, rate=0.05, refit=False)(watched, teacher, structure, structure.count // 4)
-    for before, after in zip(watched.seen, watched.seen[1:], strict=False):
+    structure, walk = structures_of(teacher, 9)[kind], []
+    step = Adam.step
+    monkeypatch.setattr(Adam, "step", lambda self, t: walk.append(self.weight) or step(self, t))
+    keep = structure.least if kind == "2:4" else structure.count // 4
+    walk.append(PGD(iterations=90, rate=0.05, refit=False)(q, teacher, structure, keep).weight)
+    for before, after in pairwise(walk):
         assert not bool(((before == 0) & (after != 0)).any())
+
+
+@pytest.mark.parametrize("mu", [None, 0.9])
+@pytest.mark.parametrize("kind", ["element", "channel"])
+def test_steps_in_single_precision_end_at_the_same_error(random_layer, kind, mu):
+    layer = random_layer(38, channels=8)
+    q, teacher = problem_of(layer, regression() if mu is None else cross(mu))
+    structure = structures_of(teacher, 9)[kind]
+    double, single = (
+        PGD(iterations=900, refit=False, single=single)(q, teacher, structure, half_of(structure))
+        for single in (False, True)
+    )
+    assert torch.equal(single.mask, double.mask) and single.weight.dtype == torch.float64
+    assert single.objective == pytest.approx(double.objective, rel=1e-3)
+    assert single.objective == float(q(single.weight))
 
 
 def test_descent_says_whether_it_had_arrived(random_layer):

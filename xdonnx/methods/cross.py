@@ -152,7 +152,7 @@ class Cross:
 
     def _solver(self, plan: Plan) -> Solver:
         if self.effort == "paper" and self.solver in ("auto", "pgd"):
-            return PGD(refit=False)
+            return PGD(refit=False, single=True)
         name = self.solver
         if name == "auto":
             name = "greedy" if plan.structure == "channel" else "admm"
