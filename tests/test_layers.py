@@ -40,6 +40,7 @@ ROWS = [
     {"walk", "survey", "student", "planfile", "agreement", "judging", "collection", "ranks", "matching"},
     {
         "methods.joint",
+        "replay",
         "methods.wide",
         "methods.attention",
         "wanted",

@@ -28,11 +28,12 @@ from xdonnx.events import Event, Log, ignore
 from xdonnx.graph import Net
 from xdonnx.methods.joint import MOST_JOINT, WIDEST
 from xdonnx.methods.wide import sampled_columns
-from xdonnx.moments import enough, measure
+from xdonnx.moments import Moments, enough, measure
+from xdonnx.replay import MOST_BYTES, Replay
 from xdonnx.shelf import Room, lengths
 from xdonnx.solve import refit, remove_jointly
 from xdonnx.structure import Channel, units
-from xdonnx.student import execute, find_taps, teacher_weights
+from xdonnx.student import find_taps, teacher_weights
 from xdonnx.walk import Stop, walk
 
 # Shares of its channels at which a group is measured.
@@ -46,6 +47,8 @@ SAMPLES, WORTH, WALKED = 64, 16, 32
 # written and read again. Otherwise it may also cost as much as looking at all samples once.
 WORK, LITTLE, VALUE = 8e11, 5e10, 50
 RIDGE = 0.01
+# Of the room for activations, one in so many bytes may hold the values of what is measured.
+SHARE = 8
 # Up to so many columns channels leave one by one, exactly; wider layers are ranked once by the energy of a channel.
 WIDE = 1200
 
@@ -102,7 +105,8 @@ def measure_curves(
     tuple of Curve
         In the order of `groups`.
     """
-    probe = _Probe(net, program, inputs, len(groups))
+    limit = MOST_BYTES if room is None or room.limit is None else room.limit // SHARE
+    probe = _Probe(net, program, inputs, len(groups), limit)
     readers: dict[int, list[_Reader]] = {at: [] for at in groups}
     last = {at: max(net.groups[at].readers, key=list(net.layers).index) for at in groups}
     curves: dict[int, Curve] = {}
@@ -111,7 +115,7 @@ def measure_curves(
         mine = [at for at in groups if stop.layer.name in net.groups[at].readers]
         if not mine:
             return
-        quadratic, teacher, energy, bias = _reading(stop)
+        quadratic, teacher, energy, bias = _reading(stop, torch.float32 if probe.coarse else torch.float64)
         columns = torch.tensor(stop.layer.columns, device=teacher.device)
         columns = torch.cat([columns, columns.new_full((int(bias),), -1)])
         # The inputs are in the moments now, and need not wait for the group's last reader.
@@ -126,11 +130,12 @@ def measure_curves(
         rows = len(next(iter(inputs.values())))
         places = np.linspace(0, rows - 1, min(rows, WALKED)).astype(int)
         inputs = {name: array[places] for name, array in inputs.items()}
-    walk(net, program, inputs, visit, room, answers=False)
+    end = max(last.values(), key=list(net.layers).index, default=None)
+    walk(net, program, inputs, visit, room, answers=False, last=end)
     return tuple(curves[at] for at in groups)
 
 
-def _reading(stop: Stop) -> tuple[Quadratic | None, Tensor, Tensor, bool]:
+def _reading(stop: Stop, dtype: torch.dtype) -> tuple[Quadratic | None, Tensor, Tensor, bool]:
     """Return a layer's error, the teacher's matrix, the energy of each column, and whether the last one is the bias."""
     if len(stop.layer.columns) > WIDEST:
         teacher = to_matrix(stop.weight, None, stop.geometry).double()
@@ -139,8 +144,11 @@ def _reading(stop: Stop) -> tuple[Quadratic | None, Tensor, Tensor, bool]:
         return None, teacher, energy / energy.sum().clamp(min=1e-30), False
     bias = stop.bias is not None
     each = enough(len(stop.layer.columns), sum(lengths(stop.teacher)))
+    each = -(-each // 2) if dtype == torch.float32 else each
     moments = measure(stop.teacher, stop.teacher, stop.geometry, bias=bias, each=each, dtype=torch.float32)
-    teacher = to_matrix(stop.weight, stop.bias, stop.geometry).to(moments.tt)
+    mean = moments.tt.to(dtype)
+    moments = Moments(mean, mean, mean, moments.count)
+    teacher = to_matrix(stop.weight, stop.bias, stop.geometry).to(mean)
     quadratic = damped(objective(correction(), moments, teacher), teacher, RIDGE, bias=bias)
     energy = (quadratic.lin * teacher).sum((0, 1)) / quadratic.const.sum().clamp(min=1e-30)
     return quadratic, teacher, energy, bias
@@ -149,9 +157,10 @@ def _reading(stop: Stop) -> tuple[Quadratic | None, Tensor, Tensor, bool]:
 class _Probe:
     """The network with some layers' weights replaced, held against the teacher at its end."""
 
-    def __init__(self, net: Net, program: Program, inputs: Mapping[str, np.ndarray], groups: int) -> None:
+    def __init__(
+        self, net: Net, program: Program, inputs: Mapping[str, np.ndarray], groups: int, room: int = MOST_BYTES
+    ) -> None:
         taps = find_taps(net, program)
-        self.net, self.program = net, program
         self.wanted = (*taps.stages[-1:], *taps.answers)
         self.features = len(taps.stages[-1:])
         rows = len(next(iter(inputs.values())))
@@ -166,16 +175,13 @@ class _Probe:
         count = min(max(size, count // size * size), rows // size * size)
         # Spread over all samples, which may be sorted by class.
         places = np.linspace(0, rows - 1, count).astype(int)
-        self.batches = [
+        batches = [
             {name: torch.tensor(array[places[at : at + size]], device=program.device) for name, array in inputs.items()}
             for at in range(0, count, size)
         ]
-        self.teacher = teacher_weights(net, program.device)
-        self.answers = [self._run(batch, {}) for batch in self.batches]
-
-    def _run(self, batch: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> list[Tensor]:
+        teacher = teacher_weights(net, program.device)
         with torch.no_grad():
-            return execute(self.program, batch, {**self.teacher, **changed}, self.wanted)
+            self.batches = [Replay(program, batch, teacher, self.wanted, room // len(batches)) for batch in batches]
 
     def error(self, changed: Mapping[str, Tensor]) -> float:
         """Return the mean over the compared values of the squared error relative to their energy.
@@ -183,8 +189,10 @@ class _Probe:
         Features that the changed layers come after are left out: their zero says nothing, and would halve the rest.
         """
         wrong, energy = np.zeros(len(self.wanted)), np.zeros(len(self.wanted))
-        for batch, truth in zip(self.batches, self.answers, strict=True):
-            for at, (a, b) in enumerate(zip(self._run(batch, changed), truth, strict=True)):
+        for batch in self.batches:
+            with torch.no_grad():
+                made = batch.changed(changed)
+            for at, (a, b) in enumerate(zip(made, batch.truth, strict=True)):
                 wrong[at] += float((a - b).double().square().sum())
                 energy[at] += float(b.double().square().sum())
         share = wrong / np.maximum(energy, 1e-30)
@@ -203,7 +211,7 @@ def _curve(net: Net, at: int, readers: Sequence[_Reader], probe: _Probe) -> Curv
         count = max(1, round(level * total))
         if count >= points[-1][0]:
             continue
-        kept = _thinned(readers, kept, count)
+        kept = _thinned(readers, kept, count, rough=probe.coarse)
         lost.append(sum(float(reader.energy[~_alive(reader, kept)].sum()) for reader in readers))
         measured = not probe.coarse or (level <= COARSE[1] and not scale)
         points.append((count, probe.error(_refitted(readers, kept)) if measured else 0.0))
@@ -226,8 +234,7 @@ def _refitted(readers: Sequence[_Reader], kept: Tensor) -> dict[str, Tensor]:
         alive = _alive(reader, kept)
         matrix = reader.teacher * alive
         if reader.quadratic is not None:
-            mask = torch.ones_like(matrix[..., alive], dtype=torch.bool)
-            matrix[..., alive] = refit(restricted(reader.quadratic, alive), mask, reader.teacher[..., alive])
+            matrix[..., alive] = _settled(restricted(reader.quadratic, alive), reader.teacher[..., alive])
         weight, bias = from_matrix(matrix, reader.stop.geometry, reader.bias, tuple(reader.stop.weight.shape))
         layer = reader.stop.layer
         changed[layer.weight] = stored(layer, weight.to(reader.stop.weight))
@@ -236,8 +243,21 @@ def _refitted(readers: Sequence[_Reader], kept: Tensor) -> dict[str, Tensor]:
     return changed
 
 
-def _thinned(readers: Sequence[_Reader], kept: Tensor, count: int) -> Tensor:
-    """Return which units stay when `count` of those in `kept` do."""
+def _settled(q: Quadratic, start: Tensor) -> Tensor:
+    """Return the best weights (g, o, d), in the precision of `q`."""
+    if q.hess.dtype == torch.float32:
+        # Only to be compared with other groups': half the time where it is well enough conditioned.
+        scale = q.hess.diagonal(dim1=1, dim2=2).rsqrt()
+        factor, failed = torch.linalg.cholesky_ex(q.hess * scale[:, :, None] * scale[:, None])
+        if not bool(failed.any()):
+            slack = (q.lin - start @ q.hess) * scale[:, None]
+            return start + torch.cholesky_solve(slack.mT, factor).mT * scale[:, None]
+        q = Quadratic(q.hess.double(), q.lin.double(), q.const.double())
+    return refit(q, torch.ones_like(start, dtype=torch.bool), start).to(start)
+
+
+def _thinned(readers: Sequence[_Reader], kept: Tensor, count: int, *, rough: bool) -> Tensor:
+    """Return which units stay when `count` of those in `kept` do; `rough`: a quarter leaves at once."""
     order = torch.nonzero(kept).flatten()
     place = torch.full((len(kept) + 1,), -1)
     place[order] = torch.arange(len(order))
@@ -249,12 +269,12 @@ def _thinned(readers: Sequence[_Reader], kept: Tensor, count: int) -> Tensor:
         alive = (unit >= 0) | (reader.unit < 0)
         problems.append((restricted(reader.quadratic, alive), reader.teacher[..., alive], Channel(unit[alive])))
     if len(problems) == len(readers):
-        stays = order[remove_jointly(problems, count).cpu()]
+        stays = order[remove_jointly(problems, count, rough=rough).cpu()]
     else:
         score = torch.zeros(len(kept), dtype=torch.float64)
         for reader in readers:
             own = (reader.unit >= 0).cpu()
-            score.index_add_(0, reader.unit.cpu()[own], reader.energy.cpu()[own])
+            score.index_add_(0, reader.unit.cpu()[own], reader.energy.cpu()[own].double())
         stays = order[torch.argsort(score[order], descending=True, stable=True)[:count]]
     made = torch.zeros_like(kept)
     made[stays] = True

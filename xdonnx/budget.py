@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -206,18 +206,23 @@ def layers_named(net: Net, include: Sequence[str], exclude: Sequence[str]) -> se
 
 def macs(net: Net, keep: np.ndarray) -> int:
     """Return multiply-accumulates of all layers for one sample, given which labels stay."""
-    return sum(_share(layer, keep, layer.macs) for layer in net.layers.values())
+    return sum(_left(*part, keep) for part in _parts(net, "macs"))
 
 
 def params(net: Net, keep: np.ndarray) -> int:
     """Return weights and biases of all layers, given which labels stay."""
-    total, seen = 0, set[str]()
+    return sum(_left(*part, keep) for part in _parts(net, "params"))
+
+
+def _parts(net: Net, kind: str) -> Iterator[tuple[Layer, int, bool]]:
+    """Yield each layer, its multiply-accumulates or weights, and whether its bias counts too."""
+    seen = set[str]()
     for layer in net.layers.values():
-        weights = 0 if layer.weight in seen else int(net.array(layer.weight).size)
+        if kind == "macs":
+            yield layer, layer.macs, False
+            continue
+        yield layer, 0 if layer.weight in seen else int(net.array(layer.weight).size), bool(layer.bias)
         seen.add(layer.weight)
-        total += _share(layer, keep, weights)
-        total += int(keep[layer.out_ids].sum()) if layer.bias else 0
-    return total
 
 
 def pretend(net: Net, channels: Mapping[int, int]) -> np.ndarray:
@@ -228,11 +233,12 @@ def pretend(net: Net, channels: Mapping[int, int]) -> np.ndarray:
     return keep
 
 
-def _share(layer: Layer, keep: np.ndarray, amount: int) -> int:
+def _left(layer: Layer, amount: int, bias: bool, keep: np.ndarray) -> int:
+    """Return what is left of an amount that shrinks with a layer's outputs and columns, and of its bias."""
     outputs = int(keep[layer.out_ids].sum())
     own = layer.columns >= 0
     columns = len(layer.columns) - int((~keep[layer.columns[own]]).sum())
-    return amount * outputs * columns // (len(layer.out_ids) * len(layer.columns))
+    return amount * outputs * columns // (len(layer.out_ids) * len(layer.columns)) + bias * outputs
 
 
 def _channel_plan(net: Net, budget: Budget, named: set[str], goal: Goal | None) -> Plan:
@@ -288,11 +294,24 @@ def target(net: Net, budget: Budget) -> Goal:
     """
     if budget.kind in MEASURED:
         raise JobError(f"a target of {budget.kind} needs a goal.\n  Jobs make one; make_plan and allocate take it.")
-    cost: Callable[[Net, np.ndarray], int] = macs if budget.kind == "macs" else params
     fixed = _other_macs(net) if budget.kind == "macs" else 0
+    parts = list(_parts(net, budget.kind))
+    owners = np.full(net.labels + 1, -1)  # the last place is that of columns of no label
+    for at, group in enumerate(net.groups):
+        owners[group.ids] = at
+    touching = [np.unique(owners[np.concatenate([layer.out_ids, layer.columns])]).tolist() for layer, _, _ in parts]
+    # A split is found by thousands of questions that differ in one group, which few layers make or read.
+    known: dict[tuple[int | None, ...], int] = {}
 
     def of(channels: Mapping[int, int]) -> int:
-        return fixed + cost(net, pretend(net, channels))
+        total, keep = fixed, None
+        for place, (part, groups) in enumerate(zip(parts, touching, strict=True)):
+            key = (place, *(channels.get(at) for at in groups))
+            if key not in known:
+                keep = pretend(net, channels) if keep is None else keep
+                known[key] = _left(*part, keep)
+            total += known[key]
+        return total
 
     return Goal(of, budget.amount * of({}))
 

@@ -6,14 +6,15 @@ for the student's, and asks the two outputs to agree. Dimensions: see `moments`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from xdonnx.columns import among
 from xdonnx.errors import JobError
 from xdonnx.moments import Missing, Moments
 
@@ -185,16 +186,17 @@ def objective(
     """
     teacher = teacher_matrix.to(moments.tt)
     terms = [term for term in connection.terms if term[0]]
-    hess = _total([weight * _mixed(moments, own, own) for weight, _, own in terms])
+    hess = _summed([(weight, _mixed(moments, own, own)) for weight, _, own in terms])
     if known is None:
         # The matrices first: where a term shows both networks the same, its slope at the teacher's weights is then
         # zero to the last bit, as it is in data space.
-        lin = teacher @ _total([weight * _mixed(moments, other, own) for weight, other, own in terms])
-        target = teacher @ _total([weight * _mixed(moments, other, other) for weight, other, _ in terms])
+        lin = teacher @ _summed([(weight, _mixed(moments, other, own)) for weight, other, own in terms])
+        same = all(other == own for _, other, own in terms)
+        target = lin if same else teacher @ _summed([(w, _mixed(moments, other, other)) for w, other, _ in terms])
     else:
-        lin = _total([weight * _mixed(known, other, own) for weight, other, own in terms])
-        target = _total([weight * _mixed(known, other, other) for weight, other, _ in terms])
-    return Quadratic((hess + hess.mT) / 2, lin, (target * teacher).sum((1, 2)))
+        lin = _summed([(weight, _mixed(known, other, own)) for weight, other, own in terms])
+        target = _summed([(weight, _mixed(known, other, other)) for weight, other, _ in terms])
+    return Quadratic(hess, lin, (target * teacher).sum((1, 2)))
 
 
 def compensated(q: Quadratic, connection: Connection, missing: Missing, teacher_matrix: Tensor) -> Quadratic:
@@ -268,7 +270,9 @@ def damped(q: Quadratic, toward: Tensor, ridge: float, *, bias: bool, curvature:
     if bias:
         pull[:, -1] *= 1e-6
     pulled = toward * pull[:, None]
-    return Quadratic(q.hess + torch.diag_embed(pull), q.lin + pulled, q.const + (pulled * toward).sum((1, 2)))
+    hess = q.hess.clone()
+    hess.diagonal(dim1=1, dim2=2).add_(pull)
+    return Quadratic(hess, q.lin + pulled, q.const + (pulled * toward).sum((1, 2)))
 
 
 def mean_curvature(hess: Tensor, *, bias: bool) -> Tensor:
@@ -281,31 +285,41 @@ def mean_curvature(hess: Tensor, *, bias: bool) -> Tensor:
 def mixed_curvature(connection: Connection, curvatures: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Return the mean diagonal that H has under a connection, from those of `tt`, `ts` and `ss`."""
     tt, ts, ss = curvatures
-    return _total([w * (t * t * tt + 2 * t * s * ts + s * s * ss) for w, _, (t, s) in connection.terms])
+    return _summed([(w, t * t * tt + 2 * t * s * ts + s * s * ss) for w, _, (t, s) in connection.terms])
 
 
 def restricted(quadratic: Quadratic, alive: Tensor) -> Quadratic:
     """Return the same error as a function of the `alive` columns (d,), the others held at zero."""
     if bool(alive.all()):
         return quadratic
-    hess = quadratic.hess[:, alive][:, :, alive]
-    return Quadratic(hess, quadratic.lin[..., alive], quadratic.const)
+    places = alive.nonzero()[:, 0]
+    return Quadratic(among(quadratic.hess, places), quadratic.lin.index_select(2, places), quadratic.const)
 
 
 def _mixed(moments: Moments | Projected, left: Mix, right: Mix) -> Tensor:
     """Mean of `(left mix of inputs) (right mix of inputs)'`, or the teacher's weights times it."""
-    across = moments.st if isinstance(moments, Projected) else moments.ts.mT
-    parts = (
-        (left[0] * right[0], moments.tt),
-        (left[0] * right[1], moments.ts),
-        (left[1] * right[0], across),
-        (left[1] * right[1], moments.ss),
-    )
-    return _total([share * part for share, part in parts if share])
+    if moments.tt is moments.ss:
+        return moments.tt  # shares of a mix sum to one
+    parts: list[tuple[float, Tensor]] = [(left[0] * right[0], moments.tt)]
+    if left == right and isinstance(moments, Moments):
+        # Symmetric to the last bit, as what it is made of.
+        parts.append((left[0] * right[1], moments.both))
+    else:
+        across = moments.st if isinstance(moments, Projected) else moments.ts.mT
+        parts += [(left[0] * right[1], moments.ts), (left[1] * right[0], across)]
+    return _summed([*parts, (left[1] * right[1], moments.ss)])
 
 
-def _total(parts: list[Tensor]) -> Tensor:
-    return reduce(torch.add, parts)
+def _summed(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """Return a weighted sum; one tensor of weight 1 as it is."""
+    parts = [(share, part) for share, part in parts if share]
+    share, part = parts[0]
+    if len(parts) == 1:
+        return part if share == 1 else part * share
+    made = part * share
+    for share, part in parts[1:]:
+        made.add_(part, alpha=share)
+    return made
 
 
 def _check(option: str, value: float) -> None:

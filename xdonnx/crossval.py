@@ -16,7 +16,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from xdonnx.columns import Geometry
+from xdonnx.columns import Geometry, among
 from xdonnx.connection import (
     Connection,
     Projected,
@@ -28,10 +28,9 @@ from xdonnx.connection import (
     objective,
     projected,
     regression,
-    restricted,
 )
-from xdonnx.moments import Missing, Moments, measure, measure_missing
-from xdonnx.shelf import Chunks, Rows, alike, lengths
+from xdonnx.moments import Missing, Moments, Sums, lacks, paired
+from xdonnx.shelf import Chunks, lengths
 from xdonnx.solve import refit
 
 Candidate = tuple[Connection, float]
@@ -106,8 +105,10 @@ class Fold:
             return self
         assert self.known is not None, "products with all of the teacher's columns cannot be had from some of them"
 
+        places = columns.nonzero()[:, 0]
+
         def both(matrix: Tensor) -> Tensor:
-            return matrix[:, columns][:, :, columns]
+            return among(matrix, places)
 
         tt, ts, ss = self.moments.tt, self.moments.ts, self.moments.ss
         curvatures = tuple(mean_curvature(matrix, bias=bias) for matrix in (tt, ts, ss))
@@ -154,25 +155,28 @@ def measure_folds(
         At most `folds`, none of them empty.
     """
     folds = max(1, min(folds, samples)) if sum(lengths(teacher)) == rows else 1
-    owners = torch.arange(sum(lengths(teacher))) % samples % folds
-    found = []
-    for fold in range(folds):
-        places = [row.nonzero().flatten() for row in torch.split(owners == fold, lengths(teacher))]
+    owners = torch.split(torch.arange(sum(lengths(teacher))) % samples % folds, lengths(teacher))
+    sums, lacking = [Sums() for _ in range(folds)], lacks(beside)
+    for x_t, x_s, part in paired(teacher, student, geometry, bias=bias, each=each, dtype=dtype):
+        missing = None if lacking is None else part.outputs(lacking, geometry).to(dtype)
+        own = owners[part.chunk][part.shots]
+        for fold in sorted(set(own.tolist())):
+            # Unrolled once for all folds: an image has far more values than are looked at.
+            picked = (own == fold).nonzero()[:, 0].to(x_t.device)
+            seen = _of_shots(x_t, picked, len(own))
+            other = seen if x_s is x_t else _of_shots(x_s, picked, len(own))
+            sums[fold].add(seen, other)
+            if missing is not None:
+                sums[fold].add_missing(seen, other, _of_shots(missing, picked, len(own)))
+    found = [one for one in sums if one.count] or sums[:1]
+    return [Fold(one.moments(), one.missing()) for one in found]
 
-        def part(chunks: Chunks, places: list[Tensor] = places) -> Chunks:
-            return chunks if folds == 1 else Rows(chunks, places)
 
-        if not any(map(len, places)):
-            continue
-        x_t = part(teacher)
-        x_s = x_t if alike(teacher, student) else part(student)
-        moments = measure(x_t, x_s, geometry, bias=bias, each=each, dtype=dtype)
-        missing = None
-        if beside is not None and not alike(*beside):
-            others = (part(beside[0]), part(beside[1]))
-            missing = measure_missing(x_t, x_s, others, geometry, bias=bias, each=each, dtype=dtype)
-        found.append(Fold(moments, missing))
-    return found
+def _of_shots(block: Tensor, picked: Tensor, count: int) -> Tensor:
+    """Return the positions that some of so many shots have in a block (g, d, positions)."""
+    if len(picked) == count:
+        return block
+    return block.reshape(*block.shape[:2], count, -1).index_select(2, picked).flatten(2)
 
 
 def total(folds: Sequence[Fold]) -> Fold:
@@ -227,12 +231,29 @@ def choose(
 
     parts, aside = [left(fold) for fold in folds], None if pool is None else left(pool)
     kept, toward = mask[..., columns], teacher[..., columns]
-    for at, unseen in enumerate(folds):
+    for at, unseen in enumerate(parts):
         seen = total([part for other, part in enumerate(parts) if other != at])
-        judge = restricted(unseen.quadratic((regression(), 0.0), teacher, bias=bias), columns)
-        for index, candidate in enumerate(candidates):
-            fitted = seen.and_share(aside, shares[min(index, len(shares) - 1)])
-            found = refit(fitted.quadratic(candidate, toward, bias=bias), kept, toward)
-            errors[index] += float(judge(found)) * unseen.moments.count
+        whole = folds[at].quadratic((regression(), 0.0), teacher, bias=bias)
+        judge = Quadratic(unseen.moments.ss, whole.lin[..., columns], whole.const)
+        for alike_ones in _alike(candidates, shares):
+            problems = []
+            for index in alike_ones:
+                fitted = seen.and_share(aside, shares[min(index, len(shares) - 1)])
+                problems.append(fitted.quadratic(candidates[index], toward, bias=bias))
+            # One H, one factor, as many right sides as candidates.
+            lin = torch.cat([q.lin for q in problems], 1)
+            many = (kept.repeat(1, len(problems), 1), toward.repeat(1, len(problems), 1))
+            found = refit(Quadratic(problems[0].hess, lin, problems[0].const), *many)
+            for index, weights in zip(alike_ones, found.chunk(len(problems), 1), strict=True):
+                errors[index] += float(judge(weights)) * unseen.moments.count
     best = int(errors.argmin())
     return best if float(errors[best]) < (1 - lean) * float(errors[0]) else 0
+
+
+def _alike(candidates: Sequence[Candidate], shares: Sequence[float]) -> list[list[int]]:
+    """Return the candidates, by their places, together where H is the same for them."""
+    groups: dict[object, list[int]] = {}
+    for index, (connection, ridge) in enumerate(candidates):
+        share = shares[min(index, len(shares) - 1)]
+        groups.setdefault((tuple((weight, own) for weight, _, own in connection.terms), ridge, share), []).append(index)
+    return list(groups.values())

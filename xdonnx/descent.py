@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xdonnx.columns import among
+
 MEAN, SQUARE, EPSILON = 0.9, 0.999, 1e-8
 """How much Adam's averages keep of themselves in a step, and what it adds to the root of the second; as in torch."""
 
@@ -98,7 +100,7 @@ class Adam:
             left = self._start[..., self._alive[gone]].to(self._pull)
             self._pull.baddbmm_(left, self._hess.index_select(1, gone), alpha=-1)
             self._alive = self._alive[spots]
-            self._hess = self._hess.index_select(1, spots).index_select(2, spots)
+            self._hess = among(self._hess, spots)
             self._pull, self._way, self._mean, self._square, self._slope = (
                 one.index_select(2, spots) for one in (self._pull, self._way, self._mean, self._square, self._slope)
             )

@@ -15,13 +15,13 @@ from torch import Tensor
 from xdonnx.columns import Geometry
 from xdonnx.connection import Quadratic, damped
 from xdonnx.crossval import Candidate
-from xdonnx.moments import add_gram, lacks, paired
+from xdonnx.moments import add_gram, lacks, mirrored, paired
 from xdonnx.shelf import Chunks, lengths
 
 # Multiply-accumulates of a layer's moments above which one connection is measured alone: seconds on a core.
 DEAR = 1e11
 # Positions that are looked at where an error is only to be shown.
-SHOWN = 2048
+SHOWN = 1024
 
 
 class Seen(NamedTuple):
@@ -99,7 +99,7 @@ def measure_directly(
             add_gram(hess, own, weight)
             lin += weight * (wanted @ own.mT)
             const += weight * wanted.double().square().sum((1, 2))
-    hess = (hess.triu() + hess.triu(1).mT) / count
+    hess = mirrored(hess.div_(count))
     return damped(Quadratic(hess, lin / count, const / count), teacher, ridge, bias=bias)
 
 
@@ -133,4 +133,4 @@ def missed(seen: Seen, teacher: Tensor, tried: Sequence[Tensor], *, bias: bool) 
 def _mix(x_t: Tensor, x_s: Tensor, teacher: float, student: float) -> Tensor:
     if x_t is x_s or not student:
         return x_t
-    return x_s if not teacher else teacher * x_t + student * x_s
+    return x_s if not teacher else torch.lerp(x_t, x_s, student)  # shares of a mix sum to one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -34,12 +34,17 @@ class Moments:
     ss: Tensor
     count: int
 
+    @cached_property
+    def both(self) -> Tensor:
+        """`ts + ts'`."""
+        return self.ts + self.ts.mT
+
     def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count
         share = self.count / count
 
         def merge(mine: Tensor, theirs: Tensor) -> Tensor:
-            return mine * share + theirs * (1 - share)
+            return torch.lerp(theirs, mine, share)
 
         tt = merge(self.tt, other.tt)
         if self.tt is self.ss and other.tt is other.ss:
@@ -47,8 +52,11 @@ class Moments:
         return Moments(tt, merge(self.ts, other.ts), merge(self.ss, other.ss), count)
 
 
-# Positions looked at for each unknown of a row, and at least: neighbours in an image say nearly the same.
-PER_COLUMN, FEWEST = 4, 8192
+# Positions looked at for each unknown of a row, and at least: neighbours in an image say nearly the same. Rows of few
+# unknowns, such as those of a depthwise layer, need fewer, and so do those of many, where none are cut into folds.
+PER_COLUMN, FEWEST, AMPLE, LEAST = 4, 8192, 64, 1024
+# Above so many columns a layer is not fitted fold by fold.
+WIDEST_FOLDED = 700
 
 
 def enough(columns: int, rows: int) -> int:
@@ -65,7 +73,8 @@ def enough(columns: int, rows: int) -> int:
     int
         At least 1.
     """
-    return -(-max(FEWEST, PER_COLUMN * columns) // max(1, rows))
+    few = FEWEST // 2 if columns > WIDEST_FOLDED else max(LEAST, min(FEWEST, AMPLE * columns))
+    return -(-max(few, PER_COLUMN * columns) // max(1, rows))
 
 
 def measure(
@@ -104,31 +113,10 @@ def measure(
     ShotsError
         If there is no chunk, or none holds a position.
     """
-    shared: _Sum | None = None
-    apart: tuple[_Sum, _Sum, _Sum] | None = None
-    count = 0
-    pairs = paired(teacher, student, geometry, bias=bias, each=each, at_once=columns_at_once, dtype=dtype)
-    for x_t, x_s, _ in pairs:
-        count += x_t.shape[2]
-        if x_t is x_s:
-            shared = shared or _Sum()
-            shared.add_gram(x_t)
-            continue
-        apart = apart or (_Sum(), _Sum(), _Sum())
-        apart[0].add_gram(x_t)
-        apart[1].add(x_t @ x_s.mT)
-        apart[2].add_gram(x_s)
-    if count == 0:
-        raise ShotsError("no shot reached the layer: there is nothing to measure.\n  Pass at least one sample.")
-    if apart is None:
-        assert shared is not None
-        mean = shared.mean(count)
-        return Moments(mean, mean, mean, count)
-    totals = [part.mean(count) for part in apart]
-    if shared is not None:
-        mean = shared.mean(count)
-        totals = [total + mean for total in totals]
-    return Moments(totals[0], totals[1], totals[2], count)
+    sums = Sums()
+    for x_t, x_s, _ in paired(teacher, student, geometry, bias=bias, each=each, at_once=columns_at_once, dtype=dtype):
+        sums.add(x_t, x_s)
+    return sums.moments()
 
 
 class Missing(NamedTuple):
@@ -175,16 +163,11 @@ def measure_missing(
     lacking = lacks(beside)
     if lacking is None:
         return None
-    sums = (_Sum(), _Sum(), _Sum())
-    count = 0
+    sums = Sums()
     pairs = paired(teacher, student, geometry, bias=bias, each=each, at_once=columns_at_once, dtype=dtype)
     for x_t, x_s, part in pairs:
-        missing = part.outputs(lacking, geometry).to(dtype)
-        sums[0].add(missing @ x_t.mT)
-        sums[1].add(missing @ x_s.mT)
-        sums[2].add(missing.double().square().sum((1, 2)))
-        count += x_t.shape[2]
-    return Missing(*(total.mean(count) for total in sums))
+        sums.add_missing(x_t, x_s, part.outputs(lacking, geometry).to(dtype))
+    return sums.missing()
 
 
 def lacks(beside: tuple[Chunks, Chunks] | None) -> Callable[[int], Tensor] | None:
@@ -263,7 +246,16 @@ def paired(
 def add_gram(total: Tensor, x: Tensor, weight: float = 1.0, block: int = 512) -> None:
     """Add `weight * x @ x'` to a total (g, d, d), in place: only the blocks on and above the diagonal."""
     for at in range(0, x.shape[1], block):
-        total[:, at : at + block, at:] += weight * (x[:, at : at + block] @ x[:, at:].mT)
+        total[:, at : at + block, at:].add_(x[:, at : at + block] @ x[:, at:].mT, alpha=weight)
+
+
+def mirrored(total: Tensor, block: int = 512) -> Tensor:
+    """Fill in what `add_gram` leaves out, in place, so that the matrices are symmetric to the last bit."""
+    for at in range(0, total.shape[1], block):
+        own = total[:, at : at + block, at : at + block]
+        own.copy_(own.triu() + own.triu(1).mT)
+        total[:, at + block :, at : at + block] = total[:, at : at + block, at + block :].mT
+    return total
 
 
 class _Sum:
@@ -290,7 +282,54 @@ class _Sum:
         add_gram(self._total, x)
 
     def mean(self, count: int) -> Tensor:
-        """Sum over `count`; a sum of Grams comes out exactly symmetric."""
+        """Sum over `count`, once; a sum of Grams comes out exactly symmetric."""
         assert self._total is not None
-        mean = self._total / count
-        return mean.triu() + mean.triu(1).mT if self._upper_only else mean
+        mean = self._total.div_(count)
+        return mirrored(mean) if self._upper_only else mean
+
+
+class Sums:
+    """Running sums of what moments, and what another branch lacks, are the means of; `count` positions so far."""
+
+    def __init__(self) -> None:
+        self.count = self._lacking = 0
+        self._shared: _Sum | None = None
+        self._apart: tuple[_Sum, _Sum, _Sum] | None = None
+        self._missing: tuple[_Sum, _Sum, _Sum] | None = None
+
+    def add(self, x_t: Tensor, x_s: Tensor) -> None:
+        """Add a block of columns (g, d, positions); one product where both are the same tensor."""
+        self.count += x_t.shape[2]
+        if x_t is x_s:
+            self._shared = self._shared or _Sum()
+            self._shared.add_gram(x_t)
+            return
+        self._apart = self._apart or (_Sum(), _Sum(), _Sum())
+        self._apart[0].add_gram(x_t)
+        self._apart[1].add(x_t @ x_s.mT)
+        self._apart[2].add_gram(x_s)
+
+    def add_missing(self, x_t: Tensor, x_s: Tensor, missing: Tensor) -> None:
+        """Add what the other branch lacks (g, o, positions) on a block of columns."""
+        self._missing = self._missing or (_Sum(), _Sum(), _Sum())
+        self._lacking += x_t.shape[2]
+        self._missing[0].add(missing @ x_t.mT)
+        self._missing[1].add(missing @ x_s.mT)
+        self._missing[2].add(missing.double().square().sum((1, 2)))
+
+    def moments(self) -> Moments:
+        """Return the means, once; raises ShotsError where nothing was added."""
+        if self.count == 0:
+            raise ShotsError("no shot reached the layer: there is nothing to measure.\n  Pass at least one sample.")
+        mean = None if self._shared is None else self._shared.mean(self.count)
+        if self._apart is None:
+            assert mean is not None
+            return Moments(mean, mean, mean, self.count)
+        totals = [part.mean(self.count) for part in self._apart]
+        if mean is not None:
+            totals = [total.add_(mean) for total in totals]
+        return Moments(totals[0], totals[1], totals[2], self.count)
+
+    def missing(self) -> Missing | None:
+        """Return the means, once; None where none was added."""
+        return None if self._missing is None else Missing(*(total.mean(self._lacking) for total in self._missing))

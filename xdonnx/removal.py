@@ -15,10 +15,12 @@ weight; the block form is the same algebra. Exchanges follow the idea of local s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from xdonnx.columns import among
 
 SHRINK = 8
 """One in so many channels may leave before the matrices are cut down and inverted afresh."""
@@ -63,8 +65,9 @@ class Reader:
 class _View:
     """A reader on the columns that are left.
 
-    `spots` is its table in terms of `columns`, -1 if a channel is gone. Downdates keep up `inverse` and `weight`, not
-    `factor`, the Cholesky factor of H as it was when the view was made.
+    `spots` is its table in terms of `columns`, -1 if a channel is gone; `weight` is (g, d, o), so that a channel's are
+    next to each other. Downdates keep up `inverse` and `weight`, not `factor`, the Cholesky factor of H as it was when
+    the view was made.
     """
 
     reader: Reader
@@ -75,7 +78,7 @@ class _View:
     weight: Tensor
 
 
-def choose(readers: Sequence[Reader], keep: int, swaps: int) -> tuple[Tensor, int]:
+def choose(readers: Sequence[Reader], keep: int, swaps: int, *, rough: bool = False) -> tuple[Tensor, int]:
     """Channels to keep so that the readers' error rises least.
 
     Parameters
@@ -86,6 +89,8 @@ def choose(readers: Sequence[Reader], keep: int, swaps: int) -> tuple[Tensor, in
         Channels that stay, at least one.
     swaps
         Exchanges to try at most after the greedy removal.
+    rough
+        Treat all readers as wide ones.
 
     Returns
     -------
@@ -94,9 +99,11 @@ def choose(readers: Sequence[Reader], keep: int, swaps: int) -> tuple[Tensor, in
         Removals and exchanges made.
     """
     units = readers[0].table.shape[0]
+    if units >= 2 * TOGETHER:
+        swaps = 0  # an exchange costs an inversion and saves next to nothing among so many
     kept = torch.ones(units, dtype=torch.bool, device=readers[0].hess.device)
     left, steps = units, 0
-    if max(reader.hess.shape[1] for reader in readers) > WIDE:
+    if rough or max(reader.hess.shape[1] for reader in readers) > WIDE:
         ranked = [_ranked(reader) for reader in readers]
         swaps = 0
         while left > keep:
@@ -121,7 +128,7 @@ def _remove(readers: Sequence[Reader], kept: Tensor, leaving: int) -> Tensor:
     views = [_view(reader, kept) for reader in readers]
     kept = kept.clone()
     while leaving:
-        cost = sum((_costs(view, *_blocks(view)) for view in views), start=torch.zeros(()))
+        cost = sum((_costs(view) for view in views), start=torch.zeros(()))
         together = min(leaving, max(1, int(kept.sum()) // TOGETHER))
         order = torch.argsort(torch.where(kept, cost, torch.inf), stable=True)[:together]
         kept[order] = False
@@ -159,14 +166,13 @@ def _remove_at_once(ranked: Sequence[_Ranked], kept: Tensor, leaving: int) -> Te
 def _costs_alone(ranked: _Ranked, kept: Tensor) -> Tensor:
     """Return the rise of the reader's error if each of the kept channels alone were lost, (units,)."""
     columns, spots = _places(ranked.reader, kept)
-    hess = ranked.hess.index_select(1, columns).index_select(2, columns)
+    hess = ranked.hess if len(columns) == ranked.hess.shape[1] else among(ranked.hess, columns)
     factor, failed = torch.linalg.cholesky_ex(hess)
     if bool(failed.any()):
         factor = torch.linalg.cholesky(hess.double() + 1e-6 * torch.eye(len(columns), device=hess.device))
     inverse = torch.cholesky_inverse(factor)
-    weight = ranked.lin.index_select(2, columns).to(inverse) @ inverse
-    view = _View(ranked.reader, columns, spots, factor, inverse, weight)
-    return _costs(view, *_blocks(view)).double()
+    weight = inverse @ ranked.lin.index_select(2, columns).to(inverse).mT
+    return _costs(_View(ranked.reader, columns, spots, factor, inverse, weight)).double()
 
 
 def _best_exchange(readers: Sequence[Reader], kept: Tensor) -> tuple[int, int] | None:
@@ -204,7 +210,7 @@ class _Returns:
         flat = table.reshape(-1)
         shape = (reader.hess.shape[0], -1, units, width)
         across = reader.hess[:, view.columns][:, :, flat]
-        rest = (reader.lin[:, :, flat] - view.weight @ across).reshape(shape)
+        rest = (reader.lin[:, :, flat] - view.weight.mT @ across).reshape(shape)
         half = torch.linalg.solve_triangular(view.factor, across, upper=False)
         reach = torch.linalg.solve_triangular(view.factor.mT, half, upper=True)
         self.reach = reach.reshape(shape).movedim(2, 1) * self.real[:, None]
@@ -213,27 +219,30 @@ class _Returns:
         own = reader.hess[:, table[:, :, None], table[:, None, :]] - half.mT @ half
         self.schur = _factor(own, self.real)
         self.rest = rest.movedim(1, 3) * self.real[:, :, None]
-        self.gain = _energy(self.schur, self.rest) * reader.share
-        self.blocks, self.parts = _blocks(view)
+        self.gain = _energy(self.schur, self.rest @ self.rest.mT) * reader.share
+        self.blocks, self.grams = _blocks(view.inverse, view.spots), _grams(view)
 
     def costs_after(self, at: int) -> Tensor:
         """Cost of losing each kept channel once the `at`-th lost one is back, (units,)."""
         view = self.view
         half = torch.linalg.solve_triangular(self.schur[:, at], self.reach[:, at].mT, upper=False)
         fresh = torch.cholesky_solve(self.rest[:, at], self.schur[:, at])
-        weight = view.weight - (self.reach[:, at] @ fresh).mT
+        spots = view.spots.clamp(min=0)
         real = (view.spots >= 0)[:, :, None]
-        part = half.mT[:, view.spots.clamp(min=0)] * real
-        changed = replace(view, weight=weight)
-        return _costs(changed, self.blocks + part @ part.mT, _parts(changed))
+        part = half.mT[:, spots] * real
+        # With `reach @ fresh` taken off the weights, from their Grams as they were: outputs may be many.
+        reach, along = self.reach[:, at][:, spots] * real, (view.weight @ fresh.mT)[:, spots] * real
+        cross = along @ reach.mT
+        grams = self.grams - cross - cross.mT + reach @ (fresh @ fresh.mT)[:, None] @ reach.mT
+        return _energy(_factor(self.blocks + part @ part.mT, view.spots >= 0), grams) * view.reader.share
 
 
 def _view(reader: Reader, kept: Tensor) -> _View:
     """Invert afresh on the channels that are left."""
     columns, spots = _places(reader, kept)
-    factor = torch.linalg.cholesky(reader.hess[:, columns][:, :, columns])
+    factor = torch.linalg.cholesky(among(reader.hess, columns))
     inverse = torch.cholesky_inverse(factor)
-    weight = torch.cholesky_solve(reader.lin[:, :, columns].mT, factor).mT.contiguous()
+    weight = inverse @ reader.lin.index_select(2, columns).mT
     return _View(reader, columns, spots, factor, inverse, weight)
 
 
@@ -258,39 +267,50 @@ def _without(view: _View, left: Tensor) -> _View:
     band = view.inverse[:, spots]
     factor = torch.linalg.cholesky(band[:, :, spots])
     half = torch.linalg.solve_triangular(factor, band, upper=False)
-    step = torch.linalg.solve_triangular(factor, view.weight[:, :, spots].mT, upper=False)
+    step = torch.linalg.solve_triangular(factor, view.weight[:, spots], upper=False)
     view.inverse.baddbmm_(half.mT, half, alpha=-1)
-    view.weight.baddbmm_(step.mT, half, alpha=-1)
+    view.weight.baddbmm_(half.mT, step, alpha=-1)
     view.spots[left] = -1
     return view
 
 
-def _blocks(view: _View) -> tuple[Tensor, Tensor]:
-    """Per channel the diagonal block of the inverse, (g, units, widest, widest), and its weights."""
-    spots = view.spots.clamp(min=0)
-    return view.inverse[:, spots[:, :, None], spots[:, None, :]], _parts(view)
+def _blocks(matrices: Tensor, spots: Tensor) -> Tensor:
+    """Return per channel the diagonal block of matrices (g, d, d), (g, units, widest, widest)."""
+    spots = spots.clamp(min=0)
+    return matrices[:, spots[:, :, None], spots[:, None, :]]
 
 
-def _parts(view: _View) -> Tensor:
-    """Per channel its weights, (g, units, widest, o)."""
-    real = (view.spots >= 0)[:, :, None]
-    return view.weight.mT[:, view.spots.clamp(min=0)] * real
+def _grams(view: _View) -> Tensor:
+    """Return per channel the products of its columns' weights with each other, (g, units, widest, widest)."""
+    weight = view.weight
+    if view.spots.shape[1] == 1:
+        squares = weight.square().sum(2)[:, view.spots.clamp(min=0)]
+        return (squares * (view.spots >= 0)).unsqueeze(3)
+    parts = weight[:, view.spots.clamp(min=0)]
+    parts = parts * (view.spots >= 0)[:, :, None]
+    grams: Tensor = parts @ parts.mT
+    return grams
 
 
-def _costs(view: _View, blocks: Tensor, parts: Tensor) -> Tensor:
+def _costs(view: _View) -> Tensor:
     """Rise of the reader's error if each channel were lost, (units,)."""
-    return _energy(_factor(blocks, view.spots >= 0), parts) * view.reader.share
+    factor = _factor(_blocks(view.inverse, view.spots), view.spots >= 0)
+    return _energy(factor, _grams(view)) * view.reader.share
 
 
 def _factor(blocks: Tensor, real: Tensor) -> Tensor:
     """Cholesky factors of (g, units, widest, widest) blocks, the identity where a channel has no column."""
+    if blocks.shape[-1] == 1:
+        return torch.where(real[:, :, None], blocks, 1.0).sqrt()
     both = real[:, :, None] & real[:, None, :]
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     factor: Tensor = torch.linalg.cholesky(torch.where(both, blocks, eye))
     return factor
 
 
-def _energy(factor: Tensor, parts: Tensor) -> Tensor:
-    """`tr(parts' inv(block) parts)` summed over groups, (units,)."""
-    whitened: Tensor = torch.linalg.solve_triangular(factor, parts, upper=False)
-    return whitened.square().sum((0, 2, 3))
+def _energy(factor: Tensor, grams: Tensor) -> Tensor:
+    """`tr(inv(block) gram)` summed over groups, (units,), from the blocks' Cholesky factors."""
+    if factor.shape[-1] == 1:
+        return (grams / factor.square())[..., 0, 0].sum(0)
+    inner: Tensor = torch.cholesky_solve(grams, factor)
+    return inner.diagonal(dim1=-2, dim2=-1).sum((0, 2))

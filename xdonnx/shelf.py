@@ -112,39 +112,6 @@ def lengths(chunks: Chunks) -> list[int]:
     return [len(chunk) for chunk in chunks]
 
 
-class Rows(Sequence[Tensor]):
-    """Some rows of every chunk of a value, picked when they are asked for; chunks of which none is wanted are left out.
-
-    Parameters
-    ----------
-    chunks : sequence of Tensor
-    places : list of LongTensor
-        The rows wanted of each chunk.
-    """
-
-    def __init__(self, chunks: Chunks, places: Sequence[Tensor]) -> None:
-        # A graph of fixed batch has chunks of which no row is wanted.
-        self._chunks = chunks
-        self._wanted = [(at, rows) for at, rows in enumerate(places) if len(rows)]
-        # Who pairs a value with itself is to get the same object twice.
-        self._seen: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-
-    def __len__(self) -> int:
-        return len(self._wanted)
-
-    def __getitem__(self, at):  # type: ignore[no-untyped-def]  # Sequence overloads it with slices
-        """Return the rows of the chunk."""
-        found = self._seen.get(at)
-        if found is None:
-            index, rows = self._wanted[at]
-            whole = self._chunks[index]
-            self._seen[at] = found = whole[rows.to(whole.device)]
-        return found
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[at] for at in range(len(self)))
-
-
 class Shelf:
     """Keeps values for a walk, at most `limit` bytes of them in memory.
 

@@ -278,7 +278,9 @@ class Greedy:
         return Solution(weight, mask, float(q.const.sum() - (q.lin * weight).sum()), steps, True)
 
 
-def remove_jointly(problems: Sequence[tuple[Quadratic, Tensor, Channel]], keep: int, *, swaps: int = 0) -> Tensor:
+def remove_jointly(
+    problems: Sequence[tuple[Quadratic, Tensor, Channel]], keep: int, *, swaps: int = 0, rough: bool = False
+) -> Tensor:
     """Channels to keep when several layers read the same ones.
 
     Parameters
@@ -289,6 +291,8 @@ def remove_jointly(problems: Sequence[tuple[Quadratic, Tensor, Channel]], keep: 
         Channels that stay.
     swaps
         Exchanges of a lost for a kept channel at most, after the removals.
+    rough
+        Let a quarter of the channels go at once, by costs in float32; the errors are damped already.
 
     Returns
     -------
@@ -302,8 +306,8 @@ def remove_jointly(problems: Sequence[tuple[Quadratic, Tensor, Channel]], keep: 
     units = max(channel.count for _, _, channel in problems)
     if not 1 <= keep <= units:
         raise JobError(f"cannot keep {keep} of {units} channels.\n  Keep at least 1 and at most {units}.")
-    readers = [_reader(q, start.to(q.hess), channel, units) for q, start, channel in problems]
-    return choose(readers, keep, swaps)[0]
+    readers = [_reader(q, start.to(q.hess), channel, units, damp=not rough) for q, start, channel in problems]
+    return choose(readers, keep, swaps, rough=rough)[0]
 
 
 def _solution(q: Quadratic, weight: Tensor, mask: Tensor, steps: int, converged: bool) -> Solution:
@@ -368,12 +372,10 @@ def _near_singular(factor: Tensor, floor: float) -> Tensor:
     return (pivots.square() <= rows * floor).any(-1)
 
 
-def _reader(q: Quadratic, start: Tensor, channel: Channel, units: int) -> Reader:
+def _reader(q: Quadratic, start: Tensor, channel: Channel, units: int, *, damp: bool = True) -> Reader:
     """Layer as `removal` wants it: positive definite, its error a share of the teacher's energy."""
     # Costs need an inverse. This pull only breaks ties among weights that fit the shots equally well.
-    if q.hess.shape[1] > WIDE:
-        q = damped(q, start, 1e-8, bias=False)
-    else:
+    if damp and q.hess.shape[1] <= WIDE:
         factor, failed = torch.linalg.cholesky_ex(q.hess)
         if bool(((failed > 0) | _near_singular(factor, 1e-9)).any()):
             q = damped(q, start, 1e-8, bias=False)

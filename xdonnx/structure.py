@@ -235,10 +235,11 @@ class NofM:
 
 def units(columns: Tensor, ids: np.ndarray) -> Tensor:
     """Return the position in `ids` of each column's label, -1 where it is not among them."""
-    found = torch.full_like(columns, -1)
-    for unit, label in enumerate(ids):
-        found[columns == int(label)] = unit
-    return found
+    wanted = torch.as_tensor(ids, dtype=torch.long)
+    most = max(int(columns.max()) if columns.numel() else 0, int(wanted.max()) if len(wanted) else 0)
+    place = torch.full((most + 2,), -1)  # the last one is that of -1
+    place[wanted] = torch.arange(len(wanted))
+    return place.to(columns.device)[columns]
 
 
 def _check_range(keep: int, count: int, what: str) -> None:

@@ -55,6 +55,9 @@ MOST_BYTES, MOST_MACS = 1 << 28, 2e11
 # that a job gives the same bytes everywhere.
 CHUNK_BYTES = 1 << 26
 
+# Share of its input channels up to which a convolution of the student runs on them alone: they have to be copied.
+MOST_READ = 0.8
+
 Weights = tuple[Tensor, Tensor | None]
 Visit = Callable[[Stop], Weights | None]
 
@@ -98,6 +101,7 @@ def walk(
     others: Mapping[str, np.ndarray] | None = None,
     *,
     answers: bool = True,
+    last: str | None = None,
 ) -> tuple[dict[str, list[Tensor]], ...]:
     """Execute every node once for teacher and student; values nobody reads any more are freed.
 
@@ -113,6 +117,8 @@ def walk(
         Further rows, in chunks of their own behind the others.
     answers : bool, default=True
         Whether the graph's outputs are wanted: of all samples, and of any size.
+    last : str, optional
+        The last layer to stop at: the walk ends there, without answers.
 
     Returns
     -------
@@ -139,13 +145,15 @@ def walk(
         for at, step in enumerate(program.steps):
             shelf.now = at
             if step.layer is not None:
-                pair.run_layer(step, step.layer, visit, addends.get(step.name, ""))
+                pair.run_layer(step, step.layer, visit, addends.get(step.name, ""), ends=step.layer.name == last)
+                if step.layer.name == last:
+                    break
             else:
                 pair.run(step)
             for name in (*step.inputs, *step.outputs):
                 if name and program.last_read.get(name) == at:
                     pair.forget(name)
-        wanted = program.outputs if answers else ()
+        wanted = program.outputs if answers and last is None else ()
         teacher, student = ({name: list(values[name]) for name in wanted} for values in pair.values)
         room.spilled += shelf.spilled
     return teacher, student
@@ -187,7 +195,7 @@ class _Pair:
                 if not same:
                     student[name] = Kept(made[1][name])
 
-    def run_layer(self, step: Step, layer: Layer, visit: Visit, other: str) -> None:
+    def run_layer(self, step: Step, layer: Layer, visit: Visit, other: str, *, ends: bool = False) -> None:
         """Stop at a layer, then run it with the teacher's weights and with those that the stop brought."""
         teacher, student = self.values
         weight, bias = layer_tensors(self.net, layer, self.program.device)
@@ -196,13 +204,20 @@ class _Pair:
             beside = (teacher[other], student[other])
         stop = Stop(layer, geometry(layer), teacher[layer.input], student[layer.input], weight, bias, beside)
         answer = visit(stop)
+        if ends:
+            return
         same = answer is None and stop.agree
         own, made_t, made_s = answer or (weight, bias), list[Place](), list[Place]()
+        read = None if answer is None else _read(layer, own[0])
+        if read is not None:
+            own = (own[0].index_select(1, read), own[1])
         for chunk in range(self.count):
             x_t, x_s = stop.teacher[chunk], stop.student[chunk]
             made_t.append(self.shelf.put(run_layer(layer, x_t, weight, bias), layer.name, chunk))
             if not same:
                 agree = answer is None and x_t is x_s
+                if read is not None:
+                    x_s = x_s.index_select(1, read)
                 made_s.append(made_t[-1] if agree else self.shelf.put(run_layer(layer, x_s, *own), layer.name, chunk))
             self._release(step, chunk)
         teacher[layer.name] = student[layer.name] = Kept(made_t)
@@ -221,6 +236,14 @@ class _Pair:
                 for values in self.values:
                     if isinstance(found := values.get(name), Kept):
                         found.places[chunk] = None
+
+
+def _read(layer: Layer, weight: Tensor) -> Tensor | None:
+    """Return the input channels that a convolution reads at all; None where leaving out the others saves little."""
+    if layer.op != "Conv" or layer.groups > 1:
+        return None
+    read = weight.transpose(0, 1).flatten(1).any(1).nonzero()[:, 0]
+    return read if 0 < len(read) <= weight.shape[1] * MOST_READ else None
 
 
 def _addends(net: Net, program: Program) -> dict[str, str]:

@@ -7,7 +7,7 @@ from xdonnx.columns import Geometry, to_matrix
 from xdonnx.connection import correction, cross, imitation, regression, soft
 from xdonnx.crossval import measure_folds
 from xdonnx.direct import DEAR, Seen, dear, measure_directly, missed
-from xdonnx.moments import FEWEST, PER_COLUMN, enough, measure
+from xdonnx.moments import AMPLE, FEWEST, LEAST, PER_COLUMN, enough, measure
 from xdonnx.solve import refit
 
 CONNECTIONS = [regression(), correction(), imitation(), soft(0.9, 0.5), soft(1.0, 0.3), cross(0.6)]
@@ -74,7 +74,9 @@ def test_wide_layers_on_many_positions_are_dear():
 
 
 def test_positions_grow_with_the_unknowns_and_are_shared_among_the_rows():
-    assert enough(10, 64) * 64 >= FEWEST > enough(10, 64) * 64 - 64
+    assert enough(500, 64) * 64 >= FEWEST > enough(500, 64) * 64 - 64
+    # Few unknowns need fewer, as those of a depthwise layer.
+    assert enough(1, 64) * 64 == LEAST and enough(32, 64) * 64 == AMPLE * 32 < FEWEST
     assert enough(100_000, 1) == PER_COLUMN * 100_000
     assert enough(10, 10**9) == 1
 

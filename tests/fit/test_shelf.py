@@ -14,7 +14,7 @@ import torch
 from xdonnx.convert import convert
 from xdonnx.errors import MachineError
 from xdonnx.graph import read_net
-from xdonnx.shelf import Kept, Room, Rows, Shelf, alike, lengths
+from xdonnx.shelf import Kept, Room, Shelf, alike, lengths
 from xdonnx.walk import walk
 
 
@@ -93,8 +93,6 @@ def test_a_chunk_is_one_object_while_anyone_holds_it() -> None:
     with Shelf(0) as shelf:
         value = Kept([shelf.put(torch.zeros(10), "a", 0)])
         assert all(a is b for a, b in zip(value, value, strict=True))
-        some = Rows(value, [torch.tensor([1, 3])])
-        assert all(a is b for a, b in zip(some, some, strict=True))
 
 
 def test_likeness_and_lengths_are_told_without_reading(spills: Path) -> None:
@@ -105,12 +103,6 @@ def test_likeness_and_lengths_are_told_without_reading(spills: Path) -> None:
             path.unlink()
         assert alike(one, same) and not alike(one, other) and lengths(one) == [4, 3]
     assert alike([places], [places]) and not alike([torch.zeros(1)], [torch.zeros(1)])
-
-
-def test_rows_are_picked_from_every_chunk_and_empty_ones_left_out() -> None:
-    chunks = [torch.arange(3.0), torch.arange(3.0, 5), torch.arange(5.0, 7)]
-    some = Rows(chunks, [torch.tensor([0, 2]), torch.tensor([], dtype=torch.long), torch.tensor([1])])
-    assert [chunk.tolist() for chunk in some] == [[0.0, 2.0], [6.0]] and len(some) == 2
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(spills: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,10 @@ from xdonnx.convert import layer_tensors
 from xdonnx.crossval import Candidate, measure_folds
 from xdonnx.graph import Net
 from xdonnx.methods.joint import WIDEST
-from xdonnx.methods.layerwise import LEAST_RIDGE, MOST_FOLDED, WIDEST_FOLDED, Trace
+from xdonnx.methods.layerwise import LEAST_RIDGE, MOST_FOLDED, Trace
 from xdonnx.methods.mixing import Mixing, keep
 from xdonnx.methods.pairwalk import Meeting, Weights
-from xdonnx.moments import enough, paired
+from xdonnx.moments import WIDEST_FOLDED, enough, paired
 from xdonnx.shelf import Chunks
 from xdonnx.solve import refit
 

@@ -60,7 +60,7 @@ def joint_choice(
                 log(Event("fit", f"{open_groups[at].name}: read by {len(open_groups[at].readers)} layers"))
                 drop.update(_least_missed(net, open_groups[at], problems.pop(at), plan.channels[at]))
 
-    walk(net, program, inputs, visit, room, answers=False)
+    walk(net, program, inputs, visit, room, answers=False, last=max(last.values(), key=list(net.layers).index))
     return drop
 
 

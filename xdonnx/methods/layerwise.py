@@ -27,7 +27,7 @@ from xdonnx.journal import Entry, Journal
 from xdonnx.layers import Layer
 from xdonnx.methods.joint import WIDEST, joint_choice
 from xdonnx.methods.wide import Fit, regressed, sampled_columns
-from xdonnx.moments import enough
+from xdonnx.moments import WIDEST_FOLDED, enough
 from xdonnx.patch import Patch
 from xdonnx.pool import Pool
 from xdonnx.shelf import Room
@@ -35,8 +35,8 @@ from xdonnx.solve import Solver, refit
 from xdonnx.structure import Channel, Element, NofM, Structure, units
 from xdonnx.walk import Stop, Weights, chunked, walk
 
-# With more columns or weights than this the dozen refits that folds ask for cost more than they bring.
-WIDEST_FOLDED, MOST_FOLDED = 2500, 1_000_000
+# With more columns, or weights than this, the dozen refits that folds ask for cost more than they bring.
+MOST_FOLDED = 1_000_000
 # Parts that the samples are cut into to choose a layer's connection and ridge, and the advantage that a change needs.
 FOLDS, LEAN = 3, 0.05
 # The journal key of what is decided before the first layer; no layer is called so.
@@ -286,7 +286,9 @@ class _Visitor:
             columns = torch.cat([columns, columns.new_full((1,), -1)])
         whole = Seen(stop.teacher, stop.student, stop.beside if rule.compensate else None, stop.geometry)
         seen, pool = whole.apart(self.chunks)
-        if not rule.exact and not stop.agree and dear(len(layer.columns), each * self.rows):
+        wide = len(layer.columns) > WIDEST_FOLDED or teacher.numel() > MOST_FOLDED
+        costly = dear(len(layer.columns), each * self.rows) or (wide and bool(rule.others))
+        if not rule.exact and not stop.agree and costly:
             quadratic = measure_directly(seen, (rule.connection, rule.ridge), teacher, **how)
             if pool:
                 others = measure_directly(pool, (rule.connection, rule.ridge), teacher, **how)
@@ -294,7 +296,8 @@ class _Visitor:
             matrix, mask = self._settle(layer, quadratic, teacher, columns)
             before, after = missed(seen, teacher, (teacher * mask, matrix), bias=with_bias)
         else:
-            matrix, before, after = self._fit_moments(seen, pool, stop.agree, teacher, columns, layer, how)
+            folding = bool(rule.others) and not stop.agree and not wide
+            matrix, before, after = self._fit_moments(seen, pool, folding, teacher, columns, layer, how)
         weight, bias = from_matrix(matrix, stop.geometry, with_bias, tuple(stop.weight.shape))
         fitted = bias.to(stop.bias) if bias is not None and stop.bias is not None else stop.bias
         return (weight.to(stop.weight), fitted), max(before, 0.0), max(after, 0.0)
@@ -303,7 +306,7 @@ class _Visitor:
         self,
         seen: Seen,
         pool: Seen | None,
-        agree: bool,
+        folding: bool,
         teacher: Tensor,
         columns: Tensor,
         layer: Layer,
@@ -314,7 +317,6 @@ class _Visitor:
         Folds of the samples may choose another weight of the pool, and then another connection and ridge.
         """
         rule, with_bias = self.rule, how["bias"]
-        folding = rule.others and not agree and len(layer.columns) <= WIDEST_FOLDED and teacher.numel() <= MOST_FOLDED
         parts = {"rows": self.rows, "samples": self.samples, "folds": FOLDS if folding else 1}
         folds = _measured(seen, **parts, **how)
         others = None if pool is None else _measured(pool, rows=0, samples=1, folds=1, **how)[0]
