@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+import numpy as np
 import onnx
 import torch
 
@@ -27,6 +28,7 @@ from xdonnx.graph import Net, read_net
 from xdonnx.journal import Journal, open_journal
 from xdonnx.machine import machines_fault
 from xdonnx.methods.layerwise import Bench, Outcome
+from xdonnx.methods.training import set_apart
 from xdonnx.model import add_metadata, check_file, fingerprint, interface, read_proto, sized
 from xdonnx.patch import Patch, cut, masked
 from xdonnx.paths import check_spared, check_student, partial_folder
@@ -155,8 +157,13 @@ def _made(job: Job, ready: Prepared, shop: Workshop, log: Log) -> Judged:
         stamp(student, job)
         return _judged(job, ready, student, layers, heard, shop.command, log)
     outcome = Outcome(Patch())
-    for at, method in enumerate(job.methods()):
-        found = staged(at, method, net, outcome.patch, fit, ready.plan, bench, shop.journal)
+    methods = job.methods()
+    trains = [getattr(method, "follows", False) for method in methods]
+    judges = set_apart(len(fit), net.batch, job.seed) if any(trains) else ()
+    others = fit.take(np.setdiff1d(np.arange(len(fit)), judges)) if judges else fit
+    for at, (method, last) in enumerate(zip(methods, trains, strict=True)):
+        seen, own = (fit, replace(bench, judges=judges)) if last else (others, bench)
+        found = staged(at, method, net, outcome.patch, seen, ready.plan, own, shop.journal)
         outcome = Outcome(found.patch, (*outcome.traces, *found.traces))
     note(Event("cut", "Cut the graph"))
     student = cut(net, outcome.patch)

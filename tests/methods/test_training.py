@@ -19,7 +19,7 @@ from xdonnx.errors import JobError
 from xdonnx.graph import Net, read_net
 from xdonnx.methods import make, training
 from xdonnx.methods.layerwise import Bench
-from xdonnx.methods.training import Batch, Schedule, check_schedule, relative_error, schedule, train
+from xdonnx.methods.training import Batch, Schedule, check_schedule, relative_error, schedule, set_apart, train
 from xdonnx.methods.tune import matching
 from xdonnx.patch import Patch, cut
 from xdonnx.runtime import answer, open_session
@@ -184,6 +184,28 @@ def test_samples_that_judge_are_not_trained_on_and_the_rest_are(rows: int) -> No
     assert not judges & fits
     assert judges | fits == set(range(rows))
     assert len(judges) == max(1, round(training.JUDGES * rows))
+
+
+def test_judges_that_were_set_apart_judge_and_nobody_else_does() -> None:
+    net, spy, judges = net_of(NUMBERED), Spy(), (3, 7, 8, 15, 19)
+    bench = Bench(convert(net, torch.device("cpu")), torch.Generator().manual_seed(0), judges=judges)
+
+    train(net, halved(net), shots_of(net, 20), spy, Schedule(40, 8, False, (0.01,)), bench, SEEN)
+
+    assert rows_of(spy.judging) == set(judges)
+    assert rows_of(spy.training) == set(range(20)) - set(judges)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "judges"), [(500, 1, 50), (50, 1, 5), (49, 1, 5), (44, 1, 0), (10, 1, 0), (50, 4, 8), (8, 8, 0)]
+)
+def test_a_tenth_is_set_apart_where_that_is_enough_to_judge(count: int, batch: int, judges: int) -> None:
+    found = set_apart(count, batch, seed=3)
+
+    assert len(found) == judges
+    assert list(found) == sorted(set(found)) and all(0 <= row < count for row in found)
+    assert found == set_apart(count, batch, seed=3)
+    assert not judges or found != set_apart(count, batch, seed=4)
 
 
 def test_a_single_sample_trains_and_judges() -> None:

@@ -17,10 +17,12 @@ from xdonnx.graph import Net
 from xdonnx.images import Preprocess
 from xdonnx.job import Job, run
 from xdonnx.methods import training
+from xdonnx.methods.cross import Cross
 from xdonnx.methods.layerwise import Bench
 from xdonnx.methods.tune import Tune, matching
 from xdonnx.model import fingerprint
 from xdonnx.patch import Patch
+from xdonnx.shots import Shots
 from xdonnx.student import find_taps
 
 
@@ -102,6 +104,32 @@ def test_cross_then_tune_is_closer_than_cross_and_repeats_to_the_byte(tmp_path: 
     first, second = cross.fidelity.outputs[0].relative_l2, both.fidelity.outputs[0].relative_l2
     assert first is not None and second is not None and second < first
     assert prints[0] == prints[1]
+
+
+def test_samples_that_judge_the_training_are_seen_by_no_method_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[bytes]] = {}
+
+    def spied(kind: type) -> None:
+        real = kind.__call__
+
+        def call(self: Any, net: Net, patch: Patch, shots: Shots, plan: Any, bench: Bench) -> Any:
+            rows = next(iter(shots.inputs.values()))
+            seen[kind.__name__] = {row.tobytes() for row in rows}
+            seen[f"{kind.__name__} judges"] = {rows[at].tobytes() for at in bench.judges}
+            return real(self, net, patch, shots, plan, bench)
+
+        monkeypatch.setattr(kind, "__call__", call)
+
+    spied(Cross)
+    spied(Tune)
+    run(job(tmp_path, "digits_mobile", "cross", "tune", preset_effort="fast"))
+
+    assert len(seen["Tune"]) == 100 and len(seen["Tune judges"]) == 10
+    assert seen["Cross"] == seen["Tune"] - seen["Tune judges"]
+    run(job(tmp_path, "digits_mobile", "cross", steps=None, preset_effort="fast"))
+    assert seen["Cross"] == seen["Tune"]
 
 
 def test_tune_leaves_the_zeros_of_single_weights_alone_on_digits(tmp_path: Path) -> None:

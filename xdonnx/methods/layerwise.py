@@ -63,6 +63,9 @@ class Bench:
         Where finished layers are kept, and found again by a job that goes on.
     pool : Pool, optional
         Unlabelled images besides the shots, for methods that draw from them.
+    judges : tuple of int
+        Shots of a method that trains what another left, by their place: no method before it saw them, so they judge.
+        Empty where there are too few to set any apart.
     """
 
     program: Program
@@ -71,6 +74,7 @@ class Bench:
     room: Room = field(default_factory=Room)
     journal: Journal | None = None
     pool: Pool | None = None
+    judges: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

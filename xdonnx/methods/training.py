@@ -35,8 +35,7 @@ STEPS = {"fast": 200, "balanced": 400, "best": 1000, "paper": 2000}
 FEWEST_STEPS = 60
 # Of the samples, how many judge; they are not trained on.
 JUDGES = 0.1
-# Fewer say less than they are worth as training samples: views judge that training did not draw. Besides, an earlier
-# method has seen the judges, so a lone one speaks for the start whatever training brings.
+# Fewer say less than they are worth as training samples: views judge that training did not draw.
 FEWEST_JUDGES = 5
 VIEWS_THAT_JUDGE = 128
 # Trial rates, relative to the size of each tensor, and the length of a trial.
@@ -134,6 +133,36 @@ def schedule(net: Net, effort: str, steps: int | None, *, mix: bool) -> Schedule
     return Schedule(steps or int(min(STEPS[effort], max(FEWEST_STEPS, affordable))), batch, mix)
 
 
+def set_apart(count: int, batch: int, seed: int) -> tuple[int, ...]:
+    """Return which of so many shots judge a training, so that the methods before it can leave them out.
+
+    A layer that was fitted on a sample errs less there than elsewhere: such a judge speaks for the start, whatever
+    training brings.
+
+    Parameters
+    ----------
+    count : int
+        Shots that fit.
+    batch : int
+        Rows that the graph takes at once.
+    seed : int
+
+    Returns
+    -------
+    tuple of int
+        In order; none where these would be fewer than `FEWEST_JUDGES`, or would leave less than a batch.
+    """
+    judges = _judges(count, batch)
+    if judges < FEWEST_JUDGES or count - judges < batch:
+        return ()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed % 2**63))
+    return tuple(sorted(order[:judges].tolist()))
+
+
+def _judges(count: int, batch: int) -> int:
+    return -(-max(1, round(JUDGES * count)) // batch) * batch
+
+
 def check_schedule(effort: str, steps: int | None) -> None:
     """Raise JobError for an effort or a number of steps that makes no sense."""
     if effort not in STEPS:
@@ -161,8 +190,8 @@ def train(
     patch : Patch
         What was removed; its zeros and its drop are kept.
     shots : Shots
-        The samples that fit. A tenth of them judge instead; where that is fewer than `FEWEST_JUDGES`, all are trained
-        on and other views of them judge, which shows harm but not overfitting.
+        The samples that fit. Those that `bench.judges` names judge instead, else a tenth; where that is fewer than
+        `FEWEST_JUDGES`, all are trained on and other views of them judge, which shows harm but not overfitting.
     loss : callable
         A `Lesson` has parts that learn too.
     plan : Schedule
@@ -201,13 +230,18 @@ class _Run:
         port = net.interface.inputs[0]
         self.axes = image_axes(self.inputs[port.name].shape) if len(self.inputs) == 1 else None
         order = torch.randperm(len(shots), generator=self.generator)
-        judges = -(-max(1, round(JUDGES * len(shots))) // net.batch) * net.batch
+        judges = _judges(len(shots), net.batch)
         blends = plan.mix and all(x.is_floating_point() for x in self.inputs.values())
         views = judges < FEWEST_JUDGES and (blends or self.axes is not None)
         whole = views or judges >= len(shots)
         self.judges, self.fits = (order, order) if whole else (order[:judges], order[judges:])
+        if bench.judges:
+            views = whole = False
+            self.judges = torch.tensor(bench.judges)
+            self.fits = order[~torch.isin(order, self.judges)]
         sample = {name: x[: net.batch] for name, x in self.inputs.items()}
         self.teacher = teacher_weights(net, device)
+        self.frozen = self._frozen()
         self.student = open_student(net, patch, bench.program, taps, sample)
         # A weight that a node besides its layers reads would move there too, in the file but not here.
         reads = Counter(name for node in net.source.graph.node for name in node.input)
@@ -240,7 +274,7 @@ class _Run:
     def __call__(self) -> Outcome:
         weights = self.student.weights
         # Adam's steps are lost in 16 bits, so weights move in 32 whatever the file holds.
-        begin = {name: tensor.float() for name, tensor in weights.items()}
+        begin = {name: _laid(tensor.float()) for name, tensor in weights.items()}
         before = self._judge(begin)
         if before == 0:
             return Outcome(self.start)
@@ -335,12 +369,10 @@ class _Run:
         self, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], labels: Tensor | None, *, exact: bool = False
     ) -> Tensor:
         wanted = self.taps.all
-        # Convolutions run a fifth faster so, in both directions.
-        last = torch.channels_last
-        inputs = {name: x.contiguous(memory_format=last) if x.ndim == 4 else x for name, x in inputs.items()}
+        inputs = {name: _laid(x) for name, x in inputs.items()}
         weights = {name: tensor.to(self.student.weights[name].dtype) for name, tensor in weights.items()}
         with torch.no_grad(), self._precision(exact):
-            seen = execute(self.program, inputs, self.teacher, wanted)
+            seen = execute(self.program, inputs, self.teacher if exact else self.frozen, wanted)
         with self._precision(exact):
             made = execute(self.student.program, inputs, weights, wanted)
         teacher = {name: self.student.of_teacher(name, value).float() for name, value in zip(wanted, seen, strict=True)}
@@ -354,9 +386,17 @@ class _Run:
         Weights, their average and the losses stay in float32. So does judging: a good student errs less than
         bfloat16 does.
         """
-        kind = self.program.device.type
-        fast = torch.cuda.is_bf16_supported() if kind == "cuda" else _cpu_has_bfloat16()
-        return torch.autocast(kind, torch.bfloat16, enabled=fast and not exact)
+        return torch.autocast(self.program.device.type, torch.bfloat16, enabled=not exact and self._fast())
+
+    def _fast(self) -> bool:
+        return torch.cuda.is_bf16_supported() if self.program.device.type == "cuda" else _cpu_has_bfloat16()
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """Return the teacher's weights as training runs them: cast and laid out once, not in every step."""
+        if not self._fast():
+            return self.teacher
+        exact = torch.float32
+        return {n: _laid(t.bfloat16() if t.dtype == exact else t) for n, t in self.teacher.items()}
 
     def _held_out(self) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
         """Yield what judges: samples that are not trained on and, for images, their mirror images."""
@@ -388,6 +428,11 @@ class _Run:
 def _cpu_has_bfloat16() -> bool:
     known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(known and known())
+
+
+def _laid(tensor: Tensor) -> Tensor:
+    """Return it laid out as convolutions run fastest, in both directions: channels last."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def _size(tensor: Tensor) -> float:
