@@ -36,7 +36,19 @@ ROWS = [
     {"rows", "tensors"},
     {"rules", "gate", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
     {"graph", "verification", "memory", "publication", "direct", "pool"},
-    {"patch", "budget", "tallies", "convert", "doctor", "keywords", "samples", "relatedness", "likeness", "wiring"},
+    {
+        "patch",
+        "budget",
+        "tallies",
+        "convert",
+        "doctor",
+        "keywords",
+        "samples",
+        "relatedness",
+        "likeness",
+        "wiring",
+        "rectified",
+    },
     {"walk", "survey", "student", "planfile", "agreement", "judging", "collection", "ranks", "matching"},
     {
         "methods.joint",
@@ -78,7 +90,7 @@ TORCH_FREE = {
 }  # fmt: skip
 ONNX_FREE = {
     "columns", "moments", "structure", "connection", "contributions", "solve", "removal", "interpolation", "augment",
-    "crossval", "direct", "shelf", "lowrank", "descent",
+    "crossval", "direct", "shelf", "lowrank", "descent", "rectified",
 }  # fmt: skip
 
 

@@ -91,8 +91,8 @@ def measure_directly(
         missing = None if lacking is None else part.outputs(lacking, seen.geometry).to(dtype)
         count += x_t.shape[2]
         for weight, (a_t, a_s), (b_t, b_s) in connection.terms:
-            own = _mix(x_t, x_s, b_t, b_s)
-            wanted = weights @ _mix(x_t, x_s, a_t, a_s)
+            own = mix(x_t, x_s, b_t, b_s)
+            wanted = weights @ mix(x_t, x_s, a_t, a_s)
             if missing is not None:
                 wanted += (a_t - b_t) * missing
             # Summed in float64 whatever the precision of the products.
@@ -130,7 +130,8 @@ def missed(seen: Seen, teacher: Tensor, tried: Sequence[Tensor], *, bias: bool) 
     return [one / max(energy, 1e-30) for one in wrong]
 
 
-def _mix(x_t: Tensor, x_s: Tensor, teacher: float, student: float) -> Tensor:
+def mix(x_t: Tensor, x_s: Tensor, teacher: float, student: float) -> Tensor:
+    """Return what a network reads that mixes both inputs; its shares sum to one."""
     if x_t is x_s or not student:
         return x_t
-    return x_s if not teacher else torch.lerp(x_t, x_s, student)  # shares of a mix sum to one
+    return x_s if not teacher else torch.lerp(x_t, x_s, student)

@@ -106,6 +106,22 @@ def _after(value: ir.Value) -> frozenset[str]:
     return frozenset(found)
 
 
+def before_relu(net: Net) -> dict[str, bool]:
+    """Return the layers whose output nothing but a ReLU reads, and whether something is added to it before that."""
+    found: dict[str, bool] = {}
+    for node in net.model.graph:
+        value = node.outputs[0]
+        if value.name not in net.layers:
+            continue
+        if (after := _after(value)) == {"Relu"}:
+            found[str(value.name)] = False
+        elif after == {"Add"} and len(value.uses()) == 1:
+            (adder, _), *_ = value.uses()
+            if adder.op_type == "Add" and _after(adder.outputs[0]) == {"Relu"}:
+                found[str(value.name)] = True
+    return found
+
+
 def rows(net: Net, wiring: Wiring, last: str) -> list[tuple[str, ...]]:
     """Return the rows of layers that end in `last` and may stand for one layer, the shortest first.
 

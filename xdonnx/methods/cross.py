@@ -106,7 +106,16 @@ class Cross:
         paper = self.effort == "paper"
         ridge = self.ridge if self.ridge is not None else (0.0 if paper else 0.01)
         solver = self._solver(plan)
-        rule = Rule(self.connected(net), ridge, solver, not paper, not paper, compensate=not paper, exact=paper)
+        rule = Rule(
+            self.connected(net),
+            ridge,
+            solver,
+            not paper,
+            not paper,
+            compensate=not paper,
+            rectify=self.effort in ("balanced", "best"),
+            exact=paper,
+        )
         open_choice = self.connection == "auto" and self.alpha is None and self.beta is None and self.ridge is None
         choices = ALTERNATIVES if open_choice and self.effort in ("balanced", "best") else ()
         rows = self.views if self.views is not None else 0 if paper else VIEWS

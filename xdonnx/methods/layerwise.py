@@ -30,10 +30,12 @@ from xdonnx.methods.wide import Fit, regressed, sampled_columns
 from xdonnx.moments import WIDEST_FOLDED, enough
 from xdonnx.patch import Patch
 from xdonnx.pool import Pool
-from xdonnx.shelf import Room
+from xdonnx.rectified import cost, rectified
+from xdonnx.shelf import Room, lengths
 from xdonnx.solve import Solver, refit
 from xdonnx.structure import Channel, Element, NofM, Structure, units
 from xdonnx.walk import Stop, Weights, chunked, walk
+from xdonnx.wiring import before_relu
 
 # With more columns, or weights than this, the dozen refits that folds ask for cost more than they bring.
 MOST_FOLDED = 1_000_000
@@ -43,6 +45,8 @@ FOLDS, LEAN = 3, 0.05
 _JOINT = ""
 # Weights of the rows of a pool, all together, against those of the samples: what is tried on folds, the default first.
 SHARES = (0.3, 0.0, 0.1, 1.0)
+# Multiply-accumulates that fits to what passes ReLUs may cost, a layer its equal part: some ten seconds on a core.
+RECTIFYING = 4e11
 # A ridge above which rounding to float32 is far below what the ridge itself changes.
 LEAST_RIDGE = 1e-3
 
@@ -134,6 +138,8 @@ class Rule:
     compensate : bool
         Whether the last layer of a residual branch makes up for the error of the other branch too, see
         :func:`xdonnx.connection.compensated`.
+    rectify : bool
+        Whether a layer that a ReLU reads is fitted to what passes it, see :func:`xdonnx.rectified.rectified`.
     exact : bool
         Whether every position of every sample is looked at, in float64. Else many times as many as there are unknowns
         do, see :func:`xdonnx.moments.enough`; float32 products are as good where there is a ridge.
@@ -146,6 +152,7 @@ class Rule:
     bias: bool = True
     refitter: Refitter | None = None
     compensate: bool = True
+    rectify: bool = False
     others: tuple[Candidate, ...] = ()
     exact: bool = False
 
@@ -219,6 +226,7 @@ class _Visitor:
         self.drop, self.tensors = drop, tensors
         self.traces: list[Trace] = []
         self.rows, self.samples, self.chunks = rows, samples, chunks
+        self.relus = before_relu(net) if rule.rectify else {}
         self.decides: dict[str, list[int]] = {}
         for at in plan.channels:
             readers = net.groups[at].readers
@@ -298,6 +306,9 @@ class _Visitor:
                 others = measure_directly(pool, (rule.connection, rule.ridge), teacher, **how)
                 quadratic = blended(quadratic, others, SHARES[0])
             matrix, mask = self._settle(layer, quadratic, teacher, columns)
+            matrix = self._rectified(
+                layer, (seen, pool, SHARES[0]), (rule.connection, rule.ridge), teacher, matrix, mask, how
+            )
             before, after = missed(seen, teacher, (teacher * mask, matrix), bias=with_bias)
         else:
             folding = bool(rule.others) and not stop.agree and not wide
@@ -342,9 +353,32 @@ class _Visitor:
             fitted = whole.and_share(others, SHARES[share])
             quadratic = restricted(fitted.quadratic(candidates[best], teacher, bias=with_bias), alive)
             matrix[..., alive] = refit(quadratic, mask[..., alive], teacher[..., alive])
+        matrix = self._rectified(layer, (seen, pool, SHARES[share]), candidates[best], teacher, matrix, mask, how)
         judge = whole.quadratic((regression(), 0.0), teacher, bias=with_bias)
         energy = max(float(((teacher @ whole.moments.tt) * teacher).sum()), 1e-30)
         return matrix, float(judge(teacher * mask)) / energy, float(judge(matrix)) / energy
+
+    def _rectified(
+        self,
+        layer: Layer,
+        rows: tuple[Seen, Seen | None, float],
+        candidate: Candidate,
+        teacher: Tensor,
+        matrix: Tensor,
+        mask: Tensor,
+        how: dict[str, Any],
+    ) -> Tensor:
+        """Return the weights fitted to what passes the ReLU behind the layer, where there is one and it is cheap."""
+        seen, pool, share = rows
+        summed = self.relus.get(layer.name)
+        if summed is None or (summed and seen.beside is None) or len(candidate[0].terms) > 1:
+            return matrix
+        count = how["each"] * (self.rows + (0 if pool is None else sum(lengths(pool.teacher))))
+        if cost(mask, count) > RECTIFYING / len(self.net.layers):
+            return matrix
+        others = None if pool is None else (pool, share)
+        known: dict[str, Any] = {"summed": summed, "bias": how["bias"], "each": how["each"]}
+        return rectified(seen, others, candidate, teacher, matrix, mask, **known)
 
     def _settle(self, layer: Layer, quadratic: Quadratic, teacher: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's weights (g, o, d), zero where dropped, and the mask of what stays."""

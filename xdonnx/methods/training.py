@@ -30,8 +30,8 @@ from xdonnx.shots import Shots
 from xdonnx.student import Student, Taps, execute, find_taps, open_student, teacher_weights
 
 # Multiply-accumulates of one training run, and the steps that it may have. 10^13 take about a minute on two cores.
-WORK = {"fast": 0.5e13, "balanced": 1.5e13, "best": 4e13, "paper": 8e13}
-STEPS = {"fast": 200, "balanced": 400, "best": 1000, "paper": 2000}
+WORK = {"fast": 0.5e13, "balanced": 1.5e13, "best": 3e13, "paper": 8e13}
+STEPS = {"fast": 200, "balanced": 400, "best": 2000, "paper": 2000}
 FEWEST_STEPS = 60
 # Of the samples, how many judge; they are not trained on.
 JUDGES = 0.1

@@ -31,7 +31,7 @@ class Tune:
     Parameters
     ----------
     effort : {'fast', 'balanced', 'best', 'paper'}, default='balanced'
-        Steps at most: 200, 400, 1,000, 2,000; fewer for large networks.
+        Steps at most: 200, 400, 2,000, 2,000; fewer for large networks.
 
     steps : int, optional
         Steps to make, whatever the effort.

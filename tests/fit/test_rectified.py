@@ -1,0 +1,158 @@
+"""Fits to what passes a ReLU, against a plain minimiser of the error as the docstring writes it down."""
+
+from __future__ import annotations
+
+import nets
+import pytest
+import torch
+from test_direct import other_branch
+
+from xdonnx import rectified as module
+from xdonnx.columns import to_matrix, unroll
+from xdonnx.connection import regression, soft
+from xdonnx.direct import Seen, measure_directly
+from xdonnx.graph import read_net
+from xdonnx.rectified import cost, rectified
+from xdonnx.solve import refit
+from xdonnx.wiring import before_relu
+
+HOW = {"bias": True, "each": 0}
+RIDGE = 0.01
+
+
+def problem(random_layer, seed=3, *, beside=False, **case):
+    """A layer that lost a third of its columns, and its least-squares fit."""
+    layer = random_layer(seed, **case)
+    teacher = to_matrix(layer.weight, layer.bias, layer.geometry)
+    sides = other_branch(layer) if beside else None
+    seen = Seen(layer.teacher.split(2), layer.student.split(2), sides, layer.geometry)
+    mask = torch.ones_like(teacher, dtype=torch.bool)
+    mask[..., : teacher.shape[2] // 3] = False
+    candidate = (soft(0.9, 0.5), RIDGE)
+    quadratic = measure_directly(seen, candidate, teacher, dtype=torch.float64, **HOW)
+    return layer, seen, candidate, teacher, mask, refit(quadratic, mask, teacher)
+
+
+def error(layer, seen, candidate, teacher, weights, *, summed):
+    """The error behind the ReLU with the pull toward the teacher, straight from the activations."""
+    (_, (a_t, a_s), (b_t, b_s)), ridge = candidate[0].terms[0], candidate[1]
+
+    def columns(x):
+        made = unroll(x, layer.geometry)
+        return torch.cat([made, torch.ones_like(made[:, :1])], 1)
+
+    x_t, x_s = columns(layer.teacher), columns(layer.student)
+    x, wanted = b_t * x_t + b_s * x_s, teacher @ (a_t * x_t + a_s * x_s)
+    made = weights @ x
+    if seen.beside is not None:
+        s_t, s_s = (
+            torch.cat(list(side)).flatten(2).movedim(1, 0).reshape(wanted.shape[0], wanted.shape[1], -1)
+            for side in seen.beside
+        )
+        wanted = wanted + (a_t - b_t) * (s_t - s_s)
+        if summed:
+            own = b_t * s_t + b_s * s_s
+            wanted, made = wanted + own, made + own
+    count = x.shape[2]
+    wrong = torch.where(wanted > 0, made - wanted, made.relu()).square().sum() / count
+    pull = torch.full((x.shape[1],), 1.0).to(x)
+    pull[-1] = 1e-6
+    curvature = (x.square().sum(2) / count)[:, :-1].mean(1)
+    return wrong + ridge * (curvature[:, None, None] * pull * (weights - teacher).square()).sum()
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("case", [{}, {"groups": 2}], ids=["plain", "grouped"])
+def test_the_error_behind_the_relu_falls_to_its_minimum(random_layer, monkeypatch, case, summed):
+    layer, seen, candidate, teacher, mask, start = problem(random_layer, beside=summed, **case)
+    # A minimiser that knows of no factorisation: it sees the error and its slope alone.
+    free = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([free], max_iter=400, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def slope():
+        optimizer.zero_grad()
+        value = error(layer, seen, candidate, teacher, free * mask, summed=summed)
+        value.backward()
+        return value
+
+    optimizer.step(slope)
+    errors = [
+        float(error(layer, seen, candidate, teacher, one, summed=summed)) for one in (start, free.detach() * mask)
+    ]
+
+    soon = rectified(seen, None, candidate, teacher, start, mask, summed=summed, **HOW)
+    monkeypatch.setattr(module, "STEPS", 400)
+    late = rectified(seen, None, candidate, teacher, start, mask, summed=summed, **HOW)
+
+    first, least = errors
+    assert least < 0.97 * first
+    assert float(error(layer, seen, candidate, teacher, late, summed=summed)) == pytest.approx(least, rel=1e-3)
+    assert float(error(layer, seen, candidate, teacher, soon, summed=summed)) < first - 0.8 * (first - least)
+    assert not soon[~mask].any()
+
+
+def test_outputs_that_are_never_negative_are_fitted_by_least_squares(random_layer):
+    layer = random_layer(5)
+    high = layer._replace(bias=layer.bias + 60)
+    _, seen, candidate, teacher, mask, start = problem(lambda seed: high)
+
+    found = rectified(seen, None, candidate, teacher, start, mask, summed=False, **HOW)
+
+    torch.testing.assert_close(found, start, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_of_weights_may_differ_in_what_stays(random_layer):
+    layer, seen, candidate, teacher, _, _ = problem(random_layer)
+    mask = torch.rand(teacher.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[..., -1] = True
+    quadratic = measure_directly(seen, candidate, teacher, dtype=torch.float64, **HOW)
+    start = refit(quadratic, mask, teacher)
+
+    found = rectified(seen, None, candidate, teacher, start, mask, summed=False, **HOW)
+
+    assert not found[~mask].any()
+    before, after = (float(error(layer, seen, candidate, teacher, one, summed=False)) for one in (start, found))
+    assert after < 0.99 * before
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_pool_of_the_same_rows_changes_nothing_whatever_its_weight(random_layer, share):
+    _, seen, candidate, teacher, mask, start = problem(random_layer)
+
+    alone = rectified(seen, None, candidate, teacher, start, mask, summed=False, **HOW)
+    both = rectified(seen, (seen, share), candidate, teacher, start, mask, summed=False, **HOW)
+
+    torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pool_draws_the_fit_toward_itself_by_its_weight(random_layer):
+    _, seen, _, teacher, mask, start = problem(random_layer)
+    candidate = (regression(), RIDGE)
+    other = problem(random_layer, seed=8)[1]
+    shares = (0.0, 0.3, 3.0)
+    only = rectified(other, None, candidate, teacher, start, mask, summed=False, **HOW)
+
+    found = [rectified(seen, (other, s), candidate, teacher, start, mask, summed=False, **HOW) for s in shares]
+
+    away = [float((one - only).norm()) for one in found]
+    assert away[0] > away[1] > away[2] > 0
+
+
+def test_what_it_costs_grows_with_what_stays_and_has_no_bound_where_columns_do_not_fit(random_layer):
+    mask = torch.ones(1, 16, 90, dtype=torch.bool)
+    half = mask.clone()
+    half[..., 45:] = False
+    ragged = half.clone()
+    ragged[:, 0, 50] = True
+
+    assert 0 < cost(half, 1000) < cost(mask, 1000) < cost(mask, 2000) < float("inf")
+    assert cost(ragged, 1000) > cost(half, 1000)  # a system for each row
+    assert cost(mask, 10**6) == float("inf")
+
+
+def test_layers_before_a_relu_are_found_and_what_is_added_before_it():
+    plain = before_relu(read_net(nets.build("plain")))
+    residual = before_relu(read_net(nets.build("residual")))
+
+    assert plain == {"c1": False}
+    assert residual == {"c0": False, "c1": False, "c2": True}
