@@ -103,15 +103,15 @@ def _views(method: Any) -> int:
 
 
 def _visitor(method: Any, teacher: Net, net: Net, rows: int, samples: int) -> Mixing | Crossing:
+    rectified = frozenset(name for name, after in wired(net).after.items() if after == {"Relu"})
     if not isinstance(method, Cross):
-        rectified = frozenset(name for name, after in wired(net).after.items() if after == {"Relu"})
         return Mixing(net, rows, samples, rectified, method.ridge)
     ridge = 0.01 if method.ridge is None else method.ridge
     chosen: tuple[Candidate, ...] = ((method.connected(teacher), ridge),)
     fixed = (method.connection != "auto", method.alpha, method.beta, method.ridge)
     if fixed == (False, None, None, None) and method.effort != "fast":
         chosen += ALTERNATIVES
-    return Crossing(net, teacher, rows, samples, chosen)
+    return Crossing(net, teacher, rows, samples, chosen, rectified)
 
 
 def layer_rows(teacher: Net, given: GivenStudent, traces: Mapping[str, Trace]) -> list[LayerResult]:
