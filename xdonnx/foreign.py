@@ -29,8 +29,10 @@ from xdonnx.wiring import wired
 # A share of zeros above which a student was thinned out weight by weight.
 MANY_ZEROS = 0.05
 
-# Rows that FSKD looks at: a 1x1 layer is fitted in moments, and more views of few samples helped it.
-MIXED_VIEWS = 256
+# Rows that a student is refitted on, samples and views of them: more than a walk through one net looks at, for both
+# methods fit 1x1 layers. On ResNet-56 halved by an l1 norm, 100 samples and so many rows in place of the samples alone
+# made of the relative error of cross 0.376 for 0.395 (mean of two draws).
+REFIT_VIEWS = 256
 
 
 def refitted(
@@ -97,21 +99,23 @@ def own_program(net: Net, shots: Shots, bench: Bench) -> Program:
 
 
 def _views(method: Any) -> int:
-    if isinstance(method, Cross):
-        return VIEWS if method.views is None else method.views
-    return MIXED_VIEWS
+    if not isinstance(method, Cross):
+        return REFIT_VIEWS
+    if method.views is not None:
+        return method.views
+    return VIEWS if method.effort == "fast" else REFIT_VIEWS
 
 
 def _visitor(method: Any, teacher: Net, net: Net, rows: int, samples: int) -> Mixing | Crossing:
+    rectified = frozenset(name for name, after in wired(net).after.items() if after == {"Relu"})
     if not isinstance(method, Cross):
-        rectified = frozenset(name for name, after in wired(net).after.items() if after == {"Relu"})
         return Mixing(net, rows, samples, rectified, method.ridge)
     ridge = 0.01 if method.ridge is None else method.ridge
     chosen: tuple[Candidate, ...] = ((method.connected(teacher), ridge),)
     fixed = (method.connection != "auto", method.alpha, method.beta, method.ridge)
     if fixed == (False, None, None, None) and method.effort != "fast":
         chosen += ALTERNATIVES
-    return Crossing(net, teacher, rows, samples, chosen)
+    return Crossing(net, teacher, rows, samples, chosen, rectified)
 
 
 def layer_rows(teacher: Net, given: GivenStudent, traces: Mapping[str, Trace]) -> list[LayerResult]:

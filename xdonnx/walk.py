@@ -141,11 +141,11 @@ def walk(
             pair.values[0][name] = pair.values[1][name] = [
                 torch.as_tensor(np.require(batch[name], requirements="W"), device=program.device) for batch in batches
             ]
-        addends = _addends(net, program)
+        added = addends(net, program)
         for at, step in enumerate(program.steps):
             shelf.now = at
             if step.layer is not None:
-                pair.run_layer(step, step.layer, visit, addends.get(step.name, ""), ends=step.layer.name == last)
+                pair.run_layer(step, step.layer, visit, added.get(step.name, ""), ends=step.layer.name == last)
                 if step.layer.name == last:
                     break
             else:
@@ -246,7 +246,7 @@ def _read(layer: Layer, weight: Tensor) -> Tensor | None:
     return read if 0 < len(read) <= weight.shape[1] * MOST_READ else None
 
 
-def _addends(net: Net, program: Program) -> dict[str, str]:
+def addends(net: Net, program: Program) -> dict[str, str]:
     """Return {layer: value} for layers whose output is read by an addition alone: what of its shape is added to it."""
     readers: dict[str, list[Step]] = {}
     for step in program.steps:

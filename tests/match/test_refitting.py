@@ -24,7 +24,7 @@ from xdonnx.job import Job, run
 from xdonnx.matching import Matching, match, side
 from xdonnx.methods.joint import producer_norms
 from xdonnx.methods.mixing import Mixing
-from xdonnx.methods.pairwalk import meet
+from xdonnx.methods.pairwalk import Meeting, Weights, meet
 from xdonnx.model import read_proto
 from xdonnx.patch import Patch, cut
 from xdonnx.report import Report
@@ -275,6 +275,57 @@ def test_a_student_of_another_teacher_is_refused_unless_a_file_says_how_it_is_me
     with pytest.raises(ModelError, match=r"given.onnx' does not look like a student of .*digits_vgg.onnx") as error:
         run(job(tmp_path, "vgg", stranger))
     assert "xdonnx match" in str(error.value)
+
+
+def test_the_last_layer_of_a_branch_makes_up_for_what_its_shortcut_lacks(shown: dict[str, np.ndarray]) -> None:
+    """A visit that changes one layer before a block sees at the block's end what the other branch lacks by then."""
+    net = read_net(read_proto(SAMPLES / "digits_residual.onnx"))
+    given = read_net(cut(net, Patch()))
+    cpu, seen = torch.device("cpu"), []
+    pairs = {pair.student[-1]: pair for pair in pairs_of(net, given, shown).pairs}
+
+    def visit(meeting: Meeting) -> Weights | None:
+        seen.append(meeting)
+        return (0.9 * meeting.weight, meeting.bias) if len(seen) == 1 else None
+
+    meet((net, convert(net, cpu)), (given, convert(given, cpu)), pairs, shown, visit, {}, ignore)
+
+    ends = [meeting for meeting in seen if meeting.beside is not None]
+    assert ends and not any(meeting.beside for meeting in seen[:2]) and len(ends) < len(seen)
+    for meeting in ends:
+        theirs, ours = (torch.cat(list(side)) for side in meeting.beside or ())
+        assert theirs.shape == ours.shape == torch.cat(list(meeting.target)).shape and not torch.equal(theirs, ours)
+        lacks = torch.cat(list(meeting.whole_target())) - torch.cat(list(meeting.target))
+        torch.testing.assert_close(lacks, theirs - ours, rtol=1e-3, atol=1e-4)
+
+
+def test_a_branch_that_is_like_none_of_the_teachers_is_made_up_for_by_nobody(shown: dict[str, np.ndarray]) -> None:
+    net = read_net(read_proto(SAMPLES / "digits_residual.onnx"))
+    given = read_net(cut(net, Patch()))
+    cpu, seen = torch.device("cpu"), []
+    pairs = {pair.student[-1]: pair for pair in pairs_of(net, given, shown).pairs}
+
+    def visit(meeting: Meeting) -> Weights | None:
+        seen.append(meeting)
+        return (-3 * meeting.weight, meeting.bias) if len(seen) == 1 else None
+
+    meet((net, convert(net, cpu)), (given, convert(given, cpu)), pairs, shown, visit, {}, ignore)
+
+    assert seen[2].beside is None
+
+
+def test_a_mixture_on_top_makes_errors_smaller_and_is_left_out_where_one_connection_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    net = read_net(read_proto(SAMPLES / "digits_residual.onnx"))
+    given, errors = halved(net), []
+    for at, options in enumerate(({}, {"connection": "soft", "alpha": 0.9, "beta": 0.5, "ridge": 0.01})):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        report = run(job(folder, "residual", given, **options))
+        assert report.fidelity
+        errors.append(report.fidelity.outputs[0].relative_l2)
+    assert errors[0] < errors[1]
 
 
 def test_the_teacher_itself_is_no_student(tmp_path: Path) -> None:

@@ -4,14 +4,20 @@ Where one layer stands for one, each of its input channels is one of the teacher
 as in `xdonnx.connection`: where a connection shows the student's input to the teacher's weights, channels that the
 student lacks read the teacher's. The last layer of a row, which took the place of one, reads what no layer of the
 teacher reads: it is fitted by regression, on its own input, onto what the teacher's layer puts out. A ridge pulls
-toward the student's own weights.
+toward the student's own weights. Where the output is added to another branch, the layer also makes up for its share of
+what that lacks in the student.
+
+Least squares know of no ReLU. So a 1x1 layer is then fitted behind the refitted one and merged, as by
+`xdonnx.methods.mixing`, which does: on ResNet-56 halved by an l1 norm the relative error of the answers was 0.396 for
+0.416 at 10 images per class, 0.474 for 0.492 at one. Zeros of a thinned student would be filled, and who asks for one
+connection or ridge gets that alone: there it is left out.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +25,7 @@ import torch
 from torch import Tensor
 
 from xdonnx.columns import Geometry, from_matrix, to_matrix
-from xdonnx.connection import Quadratic, damped, objective, projected, regression, restricted
+from xdonnx.connection import Quadratic, compensated, damped, objective, projected, regression, restricted
 from xdonnx.convert import layer_tensors
 from xdonnx.crossval import Candidate, measure_folds
 from xdonnx.graph import Net
@@ -60,7 +66,10 @@ class Crossing:
     rows, samples : int
         Rows of all chunks, and how many of them are samples, the others being views of these in the same order.
     candidates : tuple of (Connection, float)
-        Connection and ridge; where there are several, folds of the samples choose, the first one ahead.
+        Connection and ridge; where there are several, folds of the samples choose, the first one ahead, and a mixture
+        of the outputs is fitted on top.
+    rectified : frozenset of str
+        The student's layers that nothing but a ReLU reads.
     """
 
     net: Net
@@ -68,6 +77,7 @@ class Crossing:
     rows: int
     samples: int
     candidates: tuple[Candidate, ...]
+    rectified: frozenset[str] = frozenset()
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
     traces: list[Trace] = field(default_factory=list)
 
@@ -91,6 +101,11 @@ class Crossing:
         matrix = _chosen(parts, [ridge for _, ridge in candidates], own, bias=bias)
         weight, fitted = from_matrix(matrix, meeting.geometry, bias, tuple(meeting.weight.shape))
         weights = (weight.to(meeting.weight), None if fitted is None else fitted.to(meeting.weight))
+        if len(self.candidates) > 1 and not _thinned(own, bias=bias):
+            target = meeting.whole_target()
+            mixing = Mixing(self.net, self.rows, self.samples, self.rectified)
+            weights = mixing(replace(meeting, weight=weights[0], bias=weights[1], target=target)) or weights
+            matrix = to_matrix(*weights, meeting.geometry).double()
         keep(self.tensors, meeting, weights)
         judge = _mean([part.judge for part in parts], [part.count for part in parts])
         energy = max(float(judge.const.sum()), 1e-30)
@@ -151,7 +166,7 @@ class Crossing:
     def _crossed(self, meeting: Meeting, teacher: Tensor, theirs: Chunks, ours: Chunks, folds: int) -> list[_Part]:
         how = self._how(meeting)
         measured = measure_folds(
-            theirs, ours, None, meeting.geometry, rows=self.rows, samples=self.samples, folds=folds, **how
+            theirs, ours, meeting.beside, meeting.geometry, rows=self.rows, samples=self.samples, folds=folds, **how
         )
         alive = torch.zeros(teacher.shape[2], dtype=torch.bool, device=teacher.device)
         alive[: len(meeting.layer.columns)] = True
@@ -159,10 +174,12 @@ class Crossing:
         parts = []
         for fold in measured:
             known = projected(fold.moments, teacher)
-            found = [
-                restricted(objective(connection, fold.moments, teacher, known), alive)
-                for connection in (*(one for one, _ in self.candidates), regression())
-            ]
+            found = []
+            for connection in (*(one for one, _ in self.candidates), regression()):
+                error = objective(connection, fold.moments, teacher, known)
+                if fold.missing is not None:
+                    error = compensated(error, connection, fold.missing, teacher)
+                found.append(restricted(error, alive))
             parts.append(_Part(tuple(found[:-1]), found[-1], fold.moments.count))
         return parts
 
@@ -180,7 +197,7 @@ class Crossing:
             rows = [owner == fold for owner in owners]
             x, y = (
                 [value[row] for value, row in zip(values, rows, strict=True) if bool(row.any())]
-                for values in (meeting.source, meeting.target)
+                for values in (meeting.source, meeting.whole_target())
             )
             if x:
                 q, count = _onto(x, y, geometry, **how)
@@ -212,11 +229,16 @@ def _mean(errors: Sequence[Quadratic], counts: Sequence[int]) -> Quadratic:
     return Quadratic(hess, lin, const)
 
 
+def _thinned(own: Tensor, *, bias: bool) -> bool:
+    """Whether another tool set single weights to zero."""
+    return float((own[..., : own.shape[2] - bias] == 0).double().mean()) > FEW_ZEROS
+
+
 def _chosen(parts: Sequence[_Part], ridges: Sequence[float], own: Tensor, *, bias: bool) -> Tensor:
     """Return the weights that minimise the error under the candidate that does best on folds which it did not see."""
     mask = torch.ones_like(own, dtype=torch.bool)
-    columns = own.shape[2] - bias
-    if float((own[..., :columns] == 0).double().mean()) > FEW_ZEROS:
+    if _thinned(own, bias=bias):
+        columns = own.shape[2] - bias
         mask[..., :columns] = own[..., :columns] != 0  # what another tool set to zero stays zero
 
     def solved(some: Sequence[_Part], index: int) -> Tensor:

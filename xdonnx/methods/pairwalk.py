@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from xdonnx.graph import Net
 from xdonnx.layers import Layer
 from xdonnx.matching import Pair
 from xdonnx.shelf import Chunks
-from xdonnx.walk import chunked
+from xdonnx.walk import addends, chunked
 
 Weights = tuple[Tensor, Tensor | None]
 
@@ -44,6 +44,9 @@ class Meeting:
     teacher : Layer
     teacher_source : list of Tensor
         What the teacher's layer reads.
+    beside : (teacher, student) lists of Tensor, optional
+        What the outputs of both layers are added to, where that is known already and alike: the other branch of a
+        residual block, of the channels that the student has.
     """
 
     pair: Pair
@@ -55,6 +58,13 @@ class Meeting:
     target: Chunks
     teacher: Layer
     teacher_source: Chunks
+    beside: tuple[Chunks, Chunks] | None = None
+
+    def whole_target(self) -> Chunks:
+        """Return the target and, where the output is added to something, what that lacks in the student."""
+        if self.beside is None:
+            return self.target
+        return [y + t - s for y, t, s in zip(self.target, *self.beside, strict=True)]
 
 
 Visit = Callable[[Meeting], Weights | None]
@@ -112,6 +122,8 @@ def meet(
     theirs, net = teacher[0], student[0]
     batches: list[Mapping[str, np.ndarray]] = list(chunked(theirs, inputs))
     asked = Counter(name for pair in pairs.values() for name in (pair.teacher, theirs.layers[pair.teacher].input))
+    beside = _beside(teacher, student, pairs)
+    asked.update(other for other, _ in beside.values())
     ahead = _Ahead(*teacher, batches, asked)
     program = student[1]
     values = _start(program, batches)
@@ -124,7 +136,11 @@ def meet(
             weights = own_weights(net, layer, tensors, program.device)
             if layer.name in pairs:
                 log(Event("fit", layer.name, done=done, total=len(pairs)))
-                weights = visit(_meeting(ahead, pairs[layer.name], layer, weights, values[layer.input])) or weights
+                meeting = _meeting(ahead, pairs[layer.name], layer, weights, values[layer.input])
+                if layer.name in beside:
+                    other, own = beside[layer.name]
+                    meeting = replace(meeting, beside=_alike(ahead.take(other), values[own], meeting))
+                weights = visit(meeting) or weights
                 done += 1
             _run(net, step, values, len(batches), weights)
         for name in (*step.inputs, *step.outputs):
@@ -139,6 +155,37 @@ def _meeting(ahead: _Ahead, pair: Pair, layer: Layer, weights: Weights, source: 
     channels = torch.tensor(pair.channels, device=ahead.program.device)
     target = [value.index_select(axis, channels) for value in ahead.take(pair.teacher)]
     return Meeting(pair, layer, geometry(layer), *weights, source, target, theirs, teacher_source)
+
+
+def _beside(
+    teacher: tuple[Net, Program], student: tuple[Net, Program], pairs: Mapping[str, Pair]
+) -> dict[str, tuple[str, str]]:
+    """Return {student's layer: what the teacher's layer and it are added to}, where the student has that before it."""
+    theirs, ours = addends(*teacher), addends(*student)
+    program = student[1]
+    made = {name: at for at, step in enumerate(program.steps) for name in step.outputs}
+    return {
+        name: (theirs[pair.teacher], ours[name])
+        for name, pair in pairs.items()
+        if pair.teacher in theirs
+        and name in ours
+        and not {theirs[pair.teacher], ours[name]} & (teacher[1].constants.keys() | program.constants.keys())
+        and made.get(ours[name], -1) < made[name]
+    }
+
+
+def _alike(theirs: Chunks, ours: Chunks, meeting: Meeting) -> tuple[Chunks, Chunks] | None:
+    """Return both branches, of the student's channels; None where they differ by more than the teacher's own size.
+
+    Then one is not the other's counterpart, as where two tools add three branches in another order.
+    """
+    axis = 1 if meeting.layer.kernel else -1
+    channels = torch.tensor(meeting.pair.channels, device=theirs[0].device)
+    wanted = [value.index_select(axis, channels) for value in theirs]
+    if any(one.shape != other.shape for one, other in zip(wanted, ours, strict=True)):
+        return None
+    missing = sum(float((one - other).square().sum()) for one, other in zip(wanted, ours, strict=True))
+    return (wanted, ours) if missing < sum(float(one.square().sum()) for one in wanted) else None
 
 
 def own_weights(net: Net, layer: Layer, tensors: Mapping[str, np.ndarray], device: torch.device) -> Weights:
