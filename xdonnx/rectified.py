@@ -10,19 +10,28 @@ the ReLU likewise). Which weights stay is decided before.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
+from xdonnx.columns import grid
 from xdonnx.connection import Quadratic, damped
 from xdonnx.crossval import Candidate
 from xdonnx.direct import Seen, mix
 from xdonnx.moments import lacks, paired
+from xdonnx.shelf import lengths
 from xdonnx.solve import refit
 
 # Refits, with Nesterov's momentum; more lower the error by under a hundredth.
 STEPS = 8
 # Bytes that a layer's columns may take here.
 MOST_BYTES = 1 << 28
+
+
+def positions(seen: Seen, each: int) -> int:
+    """Return how many positions of a layer's input are looked at, where it is `each` of every row."""
+    return sum(lengths(seen.teacher)) * min(each, prod(grid(seen.teacher[0], seen.geometry)))
 
 
 def cost(mask: Tensor, positions: int) -> float:

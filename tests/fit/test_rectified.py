@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import nets
+import numpy as np
 import pytest
 import torch
 from test_direct import other_branch
 
 from xdonnx import rectified as module
+from xdonnx.budget import Budget, make_plan
 from xdonnx.columns import to_matrix, unroll
 from xdonnx.connection import regression, soft
+from xdonnx.convert import convert, stored
 from xdonnx.direct import Seen, measure_directly
 from xdonnx.graph import read_net
+from xdonnx.methods.layerwise import Bench, Rule, layerwise
+from xdonnx.patch import Patch
 from xdonnx.rectified import cost, rectified
-from xdonnx.solve import refit
+from xdonnx.solve import Greedy, refit
+from xdonnx.walk import walk
 from xdonnx.wiring import before_relu
 
 HOW = {"bias": True, "each": 0}
@@ -156,3 +162,78 @@ def test_layers_before_a_relu_are_found_and_what_is_added_before_it():
 
     assert plain == {"c1": False}
     assert residual == {"c0": False, "c1": False, "c2": True}
+
+
+TOKENS = """
+g (float[N,1,32,32] image, float[8,1,3,3] w1, float[8] b1, float[12,8] w2, float[12] b2, float[64,12] w3,
+   float[64] b3, float[4,64] w4, float[4] b4) => (float[M,4] out) {
+  c1 = Conv <pads = [1,1,1,1]> (image, w1, b1)
+  r1 = Relu (c1)
+  t = Transpose <perm = [0,2,3,1]> (r1)
+  flat = Reshape (t, by8)
+  h1 = Gemm <transB = 1> (flat, w2, b2)
+  r2 = Relu (h1)
+  h2 = Gemm <transB = 1> (r2, w3, b3)
+  r3 = Relu (h2)
+  out = Gemm <transB = 1> (r3, w4, b4)
+}"""
+
+
+def fitted(net, inputs, **how):
+    """What the walk makes of a network that loses some channels, and its outputs."""
+    program = convert(net, torch.device("cpu"))
+    plan, bench = make_plan(net, Budget("macs", 0.7)), Bench(program, torch.Generator().manual_seed(0))
+    patch = layerwise(net, Patch(), inputs, plan, Rule(soft(0.9, 0.5), RIDGE, Greedy(), **how), bench).patch
+
+    def weights(stop):
+        layer = stop.layer
+        found = [
+            None if name is None else torch.tensor(patch.tensors.get(name, net.array(name)))
+            for name in (layer.weight, layer.bias)
+        ]
+        return stored(layer, found[0]), found[1]
+
+    return patch, walk(net, program, inputs, weights)
+
+
+def test_a_walk_fits_the_layers_that_a_relu_reads_to_what_passes_it():
+    net = read_net(nets.build("signal"))
+    inputs = nets.samples(net.source, 32, seed=1)
+    patches, errors = [], []
+    for rectify in (False, True):
+        patch, (teacher, student) = fitted(net, inputs, rectify=rectify)
+        patches.append(patch)
+        errors.append(float((torch.cat(student["out"]) - torch.cat(teacher["out"])).square().sum()))
+
+    changed = [name for name in patches[0].tensors if (patches[0].tensors[name] != patches[1].tensors[name]).any()]
+    assert "w2" in changed and patches[0].drop == patches[1].drop
+    assert errors[1] < errors[0]
+
+
+def test_a_bias_that_is_not_fitted_leaves_a_layer_to_least_squares():
+    net = read_net(nets.build("signal"))
+    inputs = nets.samples(net.source, 32, seed=1)
+
+    plain, kept = (fitted(net, inputs, rectify=rectify, bias=False)[0] for rectify in (False, True))
+
+    assert all((plain.tensors[name] == kept.tensors[name]).all() for name in plain.tensors)
+
+
+def test_rows_that_a_reshape_makes_count_toward_what_columns_take(monkeypatch):
+    net = read_net(nets.from_text(TOKENS, integers={"by8": [-1, 8]}))
+    inputs = {"image": np.random.default_rng(0).standard_normal((8, 1, 32, 32)).astype(np.float32)}
+    sizes, real = [], module._gathered
+
+    def gathered(*args):
+        found = real(*args)
+        sizes.append(sum(part.nbytes for part in found))
+        return found
+
+    monkeypatch.setattr(module, "_gathered", gathered)
+    fitted(net, inputs, rectify=True)
+    assert max(sizes) > 1 << 20  # 8192 rows of 12 columns and three times 64 outputs
+
+    sizes.clear()
+    monkeypatch.setattr(module, "MOST_BYTES", 1 << 20)
+    fitted(net, inputs, rectify=True)
+    assert max(sizes, default=0) <= 1 << 20

@@ -30,7 +30,7 @@ from xdonnx.methods.wide import Fit, regressed, sampled_columns
 from xdonnx.moments import WIDEST_FOLDED, enough
 from xdonnx.patch import Patch
 from xdonnx.pool import Pool
-from xdonnx.rectified import cost, rectified
+from xdonnx.rectified import cost, positions, rectified
 from xdonnx.shelf import Room, lengths
 from xdonnx.solve import Solver, refit
 from xdonnx.structure import Channel, Element, NofM, Structure, units
@@ -373,7 +373,11 @@ class _Visitor:
         summed = self.relus.get(layer.name)
         if summed is None or (summed and seen.beside is None) or len(candidate[0].terms) > 1:
             return matrix
-        count = how["each"] * (self.rows + (0 if pool is None else sum(lengths(pool.teacher))))
+        if layer.bias is not None and not how["bias"]:
+            return matrix  # what passes the ReLU cannot be told without it
+        # A reshape before the layer may have made more rows than the graph's inputs have.
+        count = max(how["each"] * self.rows, positions(seen, how["each"]))
+        count += 0 if pool is None else how["each"] * sum(lengths(pool.teacher))
         if cost(mask, count) > RECTIFYING / len(self.net.layers):
             return matrix
         others = None if pool is None else (pool, share)
