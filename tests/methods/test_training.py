@@ -197,7 +197,8 @@ def test_judges_that_were_set_apart_judge_and_nobody_else_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "batch", "judges"), [(500, 1, 50), (50, 1, 5), (49, 1, 5), (44, 1, 0), (10, 1, 0), (50, 4, 8), (8, 8, 0)]
+    ("count", "batch", "judges"),
+    [(500, 1, 50), (50, 1, 5), (49, 1, 5), (44, 1, 0), (10, 1, 0), (50, 4, 8), (8, 8, 0), (64, 32, 0)],
 )
 def test_a_tenth_is_set_apart_where_that_is_enough_to_judge(count: int, batch: int, judges: int) -> None:
     found = set_apart(count, batch, seed=3)

@@ -37,6 +37,8 @@ FEWEST_STEPS = 60
 JUDGES = 0.1
 # Fewer say less than they are worth as training samples: views judge that training did not draw.
 FEWEST_JUDGES = 5
+# The share of the samples up to which those that fit layer by layer do without the judges.
+MOST_JUDGES = 0.2
 VIEWS_THAT_JUDGE = 128
 # Trial rates, relative to the size of each tensor, and the length of a trial.
 RATES = (0.005, 0.01, 0.02)
@@ -150,10 +152,11 @@ def set_apart(count: int, batch: int, seed: int) -> tuple[int, ...]:
     Returns
     -------
     tuple of int
-        In order; none where these would be fewer than `FEWEST_JUDGES`, or would leave less than a batch.
+        In order; none where these would be fewer than `FEWEST_JUDGES` or, since they fill batches, more than
+        `MOST_JUDGES`.
     """
     judges = _judges(count, batch)
-    if judges < FEWEST_JUDGES or count - judges < batch:
+    if judges < FEWEST_JUDGES or judges > MOST_JUDGES * count:
         return ()
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed % 2**63))
     return tuple(sorted(order[:judges].tolist()))
