@@ -30,11 +30,12 @@ MOST_BYTES = 1 << 28
 
 
 def positions(seen: Seen, each: int) -> int:
-    """Return how many positions of a layer's input are looked at, where it is `each` of every row."""
-    return sum(lengths(seen.teacher)) * min(each, prod(grid(seen.teacher[0], seen.geometry)))
+    """Return how many positions of a layer's input are looked at: `each` of every row, all where that is 0."""
+    whole = prod(grid(seen.teacher[0], seen.geometry))
+    return sum(lengths(seen.teacher)) * min(each or whole, whole)
 
 
-def cost(mask: Tensor, positions: int) -> float:
+def cost(mask: Tensor, positions: int, dtype: torch.dtype = torch.float32) -> float:
     """Return the multiply-accumulates of a layer's refits, infinite where its columns would not fit.
 
     Parameters
@@ -42,11 +43,13 @@ def cost(mask: Tensor, positions: int) -> float:
     mask : BoolTensor (g, o, d)
         The weights that stay.
     positions : int
+    dtype
+        Of the columns.
     """
     g, o, _ = mask.shape
     kept = mask.sum(2)
     width = int(mask.any(1).sum(1).max())
-    if 4 * g * positions * (width + 3 * o) > MOST_BYTES:
+    if dtype.itemsize * g * positions * (width + 3 * o) > MOST_BYTES:
         return float("inf")
     same = bool((mask == mask[:, :1]).all())
     systems = float((kept[:, :1] if same else kept).double().pow(3).sum()) / 3
@@ -64,6 +67,7 @@ def rectified(
     summed: bool,
     bias: bool,
     each: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Weights whose outputs are close to the wanted ones after a ReLU.
 
@@ -82,8 +86,8 @@ def rectified(
         The weights that stay.
     summed : bool
         Whether `seen.beside` is added to the output before the ReLU.
-    bias, each
-        As in :func:`xdonnx.moments.measure`.
+    bias, each, dtype
+        As in :func:`xdonnx.moments.measure`; without a ridge, float32 leaves noise that the refits go by.
 
     Returns
     -------
@@ -93,9 +97,10 @@ def rectified(
     ((weight, _, _),) = connection.terms
     alive = mask.any(1).any(0)
     share = 0.0 if pool is None else pool[1]
-    parts = [_gathered(seen, candidate, teacher, alive, weight / (1 + share), summed, bias, each)]
+    how = (alive, summed, bias, each, dtype)
+    parts = [_gathered(seen, candidate, teacher, weight / (1 + share), *how)]
     if pool is not None and share:
-        parts.append(_gathered(pool[0], candidate, teacher, alive, weight * share / (1 + share), summed, bias, each))
+        parts.append(_gathered(pool[0], candidate, teacher, weight * share / (1 + share), *how))
     x, y, own = (torch.cat(list(found), 2) for found in zip(*parts, strict=True))
     toward, stays, now = teacher[..., alive], mask[..., alive], start[..., alive]
     flat = Quadratic((x @ x.mT).double(), torch.zeros_like(toward), toward.new_zeros(len(toward)))
@@ -103,7 +108,7 @@ def rectified(
     positive, wanted = y > 0, y - own
     ahead = now
     for step in range(STEPS):
-        made = ahead.float() @ x
+        made = ahead.to(dtype) @ x
         target = torch.where(positive, wanted, torch.minimum(made, -own))
         last, now = now, refit(Quadratic(base.hess, base.lin + (target @ x.mT).double(), base.const), stays, toward)
         ahead = now + step / (step + 3) * (now - last)
@@ -113,23 +118,31 @@ def rectified(
 
 
 def _gathered(
-    seen: Seen, candidate: Candidate, teacher: Tensor, alive: Tensor, weight: float, summed: bool, bias: bool, each: int
+    seen: Seen,
+    candidate: Candidate,
+    teacher: Tensor,
+    weight: float,
+    alive: Tensor,
+    summed: bool,
+    bias: bool,
+    each: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the student's columns (g, d, p), what is wanted of the sum (g, o, p), and what it adds itself.
 
     All scaled, which a ReLU lets pass, so that sums over positions are means of this weight.
     """
-    (_, (a_t, a_s), (b_t, b_s)), weights = candidate[0].terms[0], teacher.float()
+    (_, (a_t, a_s), (b_t, b_s)), weights = candidate[0].terms[0], teacher.to(dtype)
     lacking = lacks(seen.beside)
     xs, ys, own = [], [], []
-    for x_t, x_s, part in paired(seen.teacher, seen.student, seen.geometry, bias=bias, each=each, dtype=torch.float32):
+    for x_t, x_s, part in paired(seen.teacher, seen.student, seen.geometry, bias=bias, each=each, dtype=dtype):
         read = mix(x_t, x_s, b_t, b_s)[:, alive]
         wanted = weights @ mix(x_t, x_s, a_t, a_s)
         if lacking is not None:
-            wanted += (a_t - b_t) * part.outputs(lacking, seen.geometry).float()
+            wanted += (a_t - b_t) * part.outputs(lacking, seen.geometry).to(dtype)
         added = torch.zeros_like(wanted)
         if summed and seen.beside is not None:
-            theirs, ours = (part.outputs(side.__getitem__, seen.geometry).float() for side in seen.beside)
+            theirs, ours = (part.outputs(side.__getitem__, seen.geometry).to(dtype) for side in seen.beside)
             added = mix(theirs, ours, b_t, b_s)
         xs.append(read)
         ys.append(wanted + added)

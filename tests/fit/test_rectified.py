@@ -178,12 +178,24 @@ g (float[N,1,32,32] image, float[8,1,3,3] w1, float[8] b1, float[12,8] w2, float
   out = Gemm <transB = 1> (r3, w4, b4)
 }"""
 
+WIDE = """
+g (float[N,3,6,6] image, float[24,3,3,3] w1, float[24] b1, float[24,24,3,3] w2, float[24] b2, float[24,24,3,3] w3,
+   float[24] b3, float[5,24,4,4] w4) => (float[N,5,1,1] out) {
+  c1 = Conv (image, w1, b1)
+  r1 = Relu (c1)
+  c2 = Conv <pads = [1,1,1,1]> (r1, w2, b2)
+  r2 = Relu (c2)
+  c3 = Conv <pads = [1,1,1,1]> (r2, w3, b3)
+  r3 = Relu (c3)
+  out = Conv (r3, w4)
+}"""
 
-def fitted(net, inputs, **how):
+
+def fitted(net, inputs, *, ridge=RIDGE, **how):
     """What the walk makes of a network that loses some channels, and its outputs."""
     program = convert(net, torch.device("cpu"))
     plan, bench = make_plan(net, Budget("macs", 0.7)), Bench(program, torch.Generator().manual_seed(0))
-    patch = layerwise(net, Patch(), inputs, plan, Rule(soft(0.9, 0.5), RIDGE, Greedy(), **how), bench).patch
+    patch = layerwise(net, Patch(), inputs, plan, Rule(soft(0.9, 0.5), ridge, Greedy(), **how), bench).patch
 
     def weights(stop):
         layer = stop.layer
@@ -217,6 +229,16 @@ def test_a_bias_that_is_not_fitted_leaves_a_layer_to_least_squares():
     plain, kept = (fitted(net, inputs, rectify=rectify, bias=False)[0] for rectify in (False, True))
 
     assert all((plain.tensors[name] == kept.tensors[name]).all() for name in plain.tensors)
+
+
+def test_without_a_ridge_weights_do_not_follow_rounding():
+    # 128 positions for 217 columns: the systems are singular, and any noise in them would be fitted.
+    net = read_net(nets.from_text(WIDE))
+    patches = [fitted(net, nets.samples(net.source, 8, seed=1), rectify=r, ridge=0.0)[0] for r in (False, True)]
+
+    plain, kept = (max(float(np.abs(one).max()) for one in patch.tensors.values()) for patch in patches)
+
+    assert kept < 1.5 * plain
 
 
 def test_rows_that_a_reshape_makes_count_toward_what_columns_take(monkeypatch):

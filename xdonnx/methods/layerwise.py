@@ -378,11 +378,10 @@ class _Visitor:
         # A reshape before the layer may have made more rows than the graph's inputs have.
         count = max(how["each"] * self.rows, positions(seen, how["each"]))
         count += 0 if pool is None else how["each"] * sum(lengths(pool.teacher))
-        if cost(mask, count) > RECTIFYING / len(self.net.layers):
+        if cost(mask, count, how["dtype"]) > RECTIFYING / len(self.net.layers):
             return matrix
         others = None if pool is None else (pool, share)
-        known: dict[str, Any] = {"summed": summed, "bias": how["bias"], "each": how["each"]}
-        return rectified(seen, others, candidate, teacher, matrix, mask, **known)
+        return rectified(seen, others, candidate, teacher, matrix, mask, summed=summed, **how)
 
     def _settle(self, layer: Layer, quadratic: Quadratic, teacher: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's weights (g, o, d), zero where dropped, and the mask of what stays."""
