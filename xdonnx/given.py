@@ -79,7 +79,7 @@ def matched(
     by : Path, optional
         A file of the matching; what it says is taken as it is.
     log : Log
-        Warned of layers that are like none.
+        Warned of layers that are matched with none, and of those that are hardly alike, whoever matched them.
 
     Raises
     ------
@@ -93,13 +93,13 @@ def matched(
         given = given_by(by, (teacher, net), (fingerprint(files[0]), fingerprint(files[1])))
     log(Event("match", "Match its layers with the teacher's"))
     found = match(side(teacher, inputs), side(net, inputs), given)
+    why = "is like no layer of the teacher" if by is None else f"is matched with none in '{by}'"
     for name in found.alone:
-        log(Event("match", f"'{name}' of the student is like no layer of the teacher: left as it is.", level="warning"))
+        log(Event("match", f"'{name}' of the student {why}: left as it is.", level="warning"))
+    how = "was matched" if by is None else f"stands in '{by}'"
     for pair in found.pairs:
-        if pair.confidence < DOUBTFUL and by is None:
-            text = (
-                f"'{pair.student[-1]}' was matched with '{pair.teacher}' at a confidence of {pair.confidence:.2f} only."
-            )
+        if pair.confidence < DOUBTFUL:
+            text = f"'{pair.student[-1]}' {how} with '{pair.teacher}' at a confidence of {pair.confidence:.2f} only."
             log(Event("match", text, level="warning"))
     return GivenStudent(net, found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -40,7 +41,7 @@ class MatchFile(BaseModel):
     """What such a file holds; the two models are known by the SHA-256 of their files."""
 
     model_config = _STRICT
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     teacher: str
     student: str
     layer: tuple[MatchedLayer, ...]

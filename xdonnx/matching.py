@@ -283,10 +283,15 @@ def check_alike(matching: Matching, names: tuple[str, str], again: str) -> None:
         lines.append(f"{len(matching.alone)} of its layers are like none, such as '{matching.alone[0]}'")
     raise ModelError(
         f"'{names[1]}' does not look like a student of '{names[0]}': their layers match with a confidence of "
-        f"{matching.confidence:.2f}, and {ENOUGH} is the least.\n  "
+        f"{_down(matching.confidence)}, and {ENOUGH} is the least.\n  "
         + "\n  ".join(lines)
         + f"\n  If it is one, correct the matching and pass it: {again}"
     )
+
+
+def _down(confidence: float) -> str:
+    """Return a confidence that is too low with as many decimals as show that it is."""
+    return next(text for digits in range(2, 18) if float(text := f"{confidence:.{digits}f}") < ENOUGH)
 
 
 def _reach(net: Net, row: Sequence[str]) -> list[int]:

@@ -174,7 +174,11 @@ class Job(BaseModel):
     def _check_student(self, targets: Mapping[str, Any]) -> None:
         """Raise JobError for what says how much goes, or which: nothing does from a given student."""
         choices = {**targets, **{name: getattr(self, name) for name in ("include", "exclude", "round_to", "residual")}}
-        choices["pool"] = self.pool
+        if self.pool:
+            raise JobError(
+                "--pool does not go with --student: a given student is refitted on the samples alone.\n"
+                "  Leave one of the two out."
+            )
         choices |= {"structure": self.structure != "channel", "allocation": self.allocation != "auto"}
         for name in (name for name, value in choices.items() if value):
             raise JobError(
@@ -248,7 +252,7 @@ class Job(BaseModel):
         defaults = {"connection": "auto", "solver": "auto", "effort": "balanced", "adversarial": True}
         for name, value in options.items():
             if value != defaults.get(name) and not any(hasattr(method, name) for method in made):
-                flag = "preset-effort" if name == "effort" else name
+                flag = {"effort": "preset-effort", "adversarial": "no-adversarial"}.get(name, name)
                 raise JobError(f"--{flag} is no option of --method {' or '.join(self.method)}.\n  Leave it out.")
         check_draw(self.pool_draw)
         if not self.pool and self.pool_draw != "preferential":

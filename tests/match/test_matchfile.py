@@ -75,6 +75,7 @@ def test_edits_are_obeyed(good: str, tmp_path: Path) -> None:
     ("old", "new", "words"),
     [
         ("[[layer]]", "[[layer", "is not TOML"),
+        ("schema_version = 1", "schema_version = 2", "'schema_version' is 2"),
         (HASHES[0], "ef" * 32, "made for another teacher: efefefefefef"),
         (HASHES[1], "ef" * 32, "made for another student"),
         ('teacher = "c1"', 'teacher = "c1x"', r"the teacher has no layer 'c1x'\. Did you mean"),

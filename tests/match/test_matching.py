@@ -16,7 +16,7 @@ from xdonnx.budget import Budget, make_plan
 from xdonnx.errors import ModelError
 from xdonnx.graph import Net, read_net
 from xdonnx.likeness import whole_weight
-from xdonnx.matching import ENOUGH, Given, Matching, check_alike, match, misfit, side
+from xdonnx.matching import ENOUGH, Given, Matching, Pair, check_alike, match, misfit, side
 from xdonnx.methods.joint import producer_norms
 from xdonnx.model import read_proto
 from xdonnx.patch import Patch, cut, kept
@@ -171,6 +171,17 @@ def test_another_teacher_is_refused_and_the_best_guesses_are_listed(images: dict
         with pytest.raises(ModelError, match=r"does not look like a student of 't.onnx'.* 0\.5 is the least") as error:
             check_alike(matching, ("t.onnx", "s.onnx"), "xdonnx match")
         assert error.value.exit_code == 4 and " as " in str(error.value)
+
+
+@pytest.mark.parametrize("confidence", [0.2, 0.4951, 0.4999999, 0.5 - 2**-53])
+def test_a_refusal_shows_as_many_digits_as_tell_it(confidence: float) -> None:
+    pair = Pair("a", ("b",), np.arange(3), None, confidence, "weights")
+
+    with pytest.raises(ModelError, match=r"with a confidence of 0\.\d+") as error:
+        check_alike(Matching((pair,), (), ()), ("t.onnx", "s.onnx"), "xdonnx match")
+
+    shown = str(error.value).split("confidence of ")[1].split(", and")[0]
+    assert float(shown) < 0.5 and float(shown) == pytest.approx(confidence, abs=0.005)
 
 
 def test_what_is_given_is_taken_as_it_is(images: dict[str, np.ndarray]) -> None:

@@ -16,16 +16,18 @@ from onnx import helper, numpy_helper
 from xdonnx.budget import Budget, make_plan
 from xdonnx.convert import convert
 from xdonnx.errors import JobError, ModelError, NothingToDo
-from xdonnx.events import ignore
+from xdonnx.events import Event, ignore
 from xdonnx.gate import Gate
+from xdonnx.given import matched
 from xdonnx.graph import Net, read_net
 from xdonnx.images import Preprocess
 from xdonnx.job import Job, run
+from xdonnx.matchfile import written
 from xdonnx.matching import Matching, match, side
 from xdonnx.methods.joint import producer_norms
 from xdonnx.methods.mixing import Mixing
 from xdonnx.methods.pairwalk import Meeting, Weights, meet
-from xdonnx.model import read_proto
+from xdonnx.model import fingerprint, read_proto
 from xdonnx.patch import Patch, cut
 from xdonnx.report import Report
 from xdonnx.runtime import answer_all, open_session
@@ -210,6 +212,7 @@ def test_one_method_goes_on_where_the_other_stopped(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"macs": 0.5}, "--macs has no say where --student is given"),
+        ({"pool": ("pool",)}, "--pool does not go with --student"),
         ({"keep": 0.5}, "--keep has no say"),
         ({"plan": Path("plan.toml")}, "--plan has no say"),
         ({"structure": "element"}, "--structure has no say"),
@@ -376,3 +379,32 @@ def test_an_answer_before_a_rectifier_is_no_matter_of_the_rectifier_alone() -> N
     exposed = onnx.helper.make_tensor_value_info(first, onnx.TensorProto.FLOAT, [None, *net.shapes[first][1:]])
     proto.graph.output[-1].CopyFrom(exposed)
     assert wired(read_net(proto)).after[first] == {"Relu", "#out"}
+
+
+def test_what_a_file_says_is_warned_of_where_it_looks_wrong(tmp_path: Path) -> None:
+    teacher = SAMPLES / "digits_vgg.onnx"
+    net = read_net(read_proto(teacher))
+    onnx.save(halved(net), tmp_path / "given.onnx")
+    digits = np.load(SAMPLES / "held_out.npz")["images"][:20].astype(np.float32) / 255
+    port = net.interface.inputs[0]
+    inputs = {port.name: digits.reshape(len(digits), *(int(size) for size in port.shape[1:]))}
+    files = (teacher, tmp_path / "given.onnx")
+    found = matched(files, net, inputs, {})
+    hashes = (fingerprint(files[0]), fingerprint(files[1]))
+    text = written(found.matching, (net, found.net), hashes, ("t", "s", "match.toml"))
+    first, second = (pair for pair in found.matching.pairs if len(net.layers[pair.teacher].out_ids) == 48)
+    rows = [f'student = ["{pair.student[0]}"]' for pair in (first, second)]
+    swapped = text.replace(rows[0], "@").replace(rows[1], rows[0]).replace("@", rows[1])
+    heard: dict[str, list[str]] = {}
+    for name, edited in (("swapped", swapped), ("without", text.replace(rows[0], "student = []"))):
+        path = tmp_path / f"{name}.toml"
+        path.write_text(edited)
+        events: list[Event] = []
+        matched(files, net, inputs, {}, by=path, log=events.append)
+        heard[name] = [event.text for event in events if event.level == "warning"]
+
+    for pair in (first, second):
+        where = f"stands in '{tmp_path / 'swapped.toml'}' with '{pair.teacher}' at a confidence of 0."
+        assert any(where in text for text in heard["swapped"])
+    why = f"is matched with none in '{tmp_path / 'without.toml'}': left as it is."
+    assert heard["without"] == [f"'{first.student[0]}' of the student {why}"]

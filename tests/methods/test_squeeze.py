@@ -409,7 +409,7 @@ def test_squeeze_alone_is_refused_with_what_to_put_before_it(tmp_path: Path) -> 
 
 
 def test_adversarial_is_no_option_of_another_method(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="--adversarial is no option of --method l1-norm or tune") as error:
+    with pytest.raises(JobError, match="--no-adversarial is no option of --method l1-norm or tune") as error:
         job(tmp_path, "digits_mobile", "l1-norm", "tune", adversarial=False).methods()
     assert error.value.exit_code == 2
     made = job(tmp_path, "digits_mobile", "l1-norm", "squeeze", adversarial=False).methods()

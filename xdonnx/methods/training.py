@@ -296,7 +296,8 @@ class _Run:
         made, error = self._descend(begin, rate, self.plan.steps, checks=_CHECKS)
         text = f"{self.judged_by} loss {before:.4g} -> {error:.4g} at rate {rate:g}"
         if not error < before:
-            self.log(Event("tune", f"tuning did not help ({text}): left as it was.", level="warning"))
+            text = f"training made nothing better ({text}): the student stays as the method before left it."
+            self.log(Event("tune", text, level="warning"))
             return Outcome(self.start)
         self.log(Event("tune", text))
         for name, tensor in made.items():
