@@ -24,7 +24,7 @@ from xdonnx.patch import Patch, cut
 from xdonnx.report import LayerResult
 from xdonnx.shots import Shots
 from xdonnx.walk import affordable, chunked
-from xdonnx.wiring import wired
+from xdonnx.wiring import before_relu
 
 # A share of zeros above which a student was thinned out weight by weight.
 MANY_ZEROS = 0.05
@@ -107,7 +107,7 @@ def _views(method: Any) -> int:
 
 
 def _visitor(method: Any, teacher: Net, net: Net, rows: int, samples: int) -> Mixing | Crossing:
-    rectified = frozenset(name for name, after in wired(net).after.items() if after == {"Relu"})
+    rectified = frozenset(name for name, summed in before_relu(net).items() if not summed)
     if not isinstance(method, Cross):
         return Mixing(net, rows, samples, rectified, method.ridge)
     ridge = 0.01 if method.ridge is None else method.ridge

@@ -280,8 +280,8 @@ def test_a_student_of_another_teacher_is_refused_unless_a_file_says_how_it_is_me
     assert "xdonnx match" in str(error.value)
 
 
-def test_the_last_layer_of_a_branch_makes_up_for_what_its_shortcut_lacks(shown: dict[str, np.ndarray]) -> None:
-    """A visit that changes one layer before a block sees at the block's end what the other branch lacks by then."""
+def met_after_a_change(shown: dict[str, np.ndarray], factor: float) -> list[Meeting]:
+    """Return all meetings of digits_residual with itself, the student's first weight multiplied on the way."""
     net = read_net(read_proto(SAMPLES / "digits_residual.onnx"))
     given = read_net(cut(net, Patch()))
     cpu, seen = torch.device("cpu"), []
@@ -289,9 +289,15 @@ def test_the_last_layer_of_a_branch_makes_up_for_what_its_shortcut_lacks(shown: 
 
     def visit(meeting: Meeting) -> Weights | None:
         seen.append(meeting)
-        return (0.9 * meeting.weight, meeting.bias) if len(seen) == 1 else None
+        return (factor * meeting.weight, meeting.bias) if len(seen) == 1 else None
 
     meet((net, convert(net, cpu)), (given, convert(given, cpu)), pairs, shown, visit, {}, ignore)
+    return seen
+
+
+def test_the_last_layer_of_a_branch_makes_up_for_what_its_shortcut_lacks(shown: dict[str, np.ndarray]) -> None:
+    """A visit that changes one layer before a block sees at the block's end what the other branch lacks by then."""
+    seen = met_after_a_change(shown, 0.9)
 
     ends = [meeting for meeting in seen if meeting.beside is not None]
     assert ends and not any(meeting.beside for meeting in seen[:2]) and len(ends) < len(seen)
@@ -303,16 +309,7 @@ def test_the_last_layer_of_a_branch_makes_up_for_what_its_shortcut_lacks(shown: 
 
 
 def test_a_branch_that_is_like_none_of_the_teachers_is_made_up_for_by_nobody(shown: dict[str, np.ndarray]) -> None:
-    net = read_net(read_proto(SAMPLES / "digits_residual.onnx"))
-    given = read_net(cut(net, Patch()))
-    cpu, seen = torch.device("cpu"), []
-    pairs = {pair.student[-1]: pair for pair in pairs_of(net, given, shown).pairs}
-
-    def visit(meeting: Meeting) -> Weights | None:
-        seen.append(meeting)
-        return (-3 * meeting.weight, meeting.bias) if len(seen) == 1 else None
-
-    meet((net, convert(net, cpu)), (given, convert(given, cpu)), pairs, shown, visit, {}, ignore)
+    seen = met_after_a_change(shown, -3)
 
     assert seen[2].beside is None
 
