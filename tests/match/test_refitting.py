@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import foreign
+import nets
 import numpy as np
 import onnx
 import pytest
@@ -24,6 +25,7 @@ from xdonnx.images import Preprocess
 from xdonnx.job import Job, run
 from xdonnx.matchfile import written
 from xdonnx.matching import Matching, match, side
+from xdonnx.methods import crossing
 from xdonnx.methods.joint import producer_norms
 from xdonnx.methods.mixing import Mixing
 from xdonnx.methods.pairwalk import Meeting, Weights, meet
@@ -312,6 +314,52 @@ def test_a_branch_that_is_like_none_of_the_teachers_is_made_up_for_by_nobody(sho
     seen = met_after_a_change(shown, -3)
 
     assert seen[2].beside is None
+
+
+@pytest.mark.parametrize("order", ["c = %s  t = Add (b, c)  s = Add (a, t)", "c = %s  t = Add (a, c)  s = Add (t, b)"])
+def test_branches_that_are_added_in_another_order_are_not_taken_for_each_other(order: str) -> None:
+    text = """
+g (float[N,3,8,8] image, float[8,3,3,3] w, float[8,8,3,3] wa, float[8,8,3,3] wb, float[8,8,3,3] wc)
+  => (float[N,8,8,8] y) {
+  c0 = Conv <pads = [1,1,1,1]> (image, w)
+  r0 = Relu (c0)
+  a = Conv <pads = [1,1,1,1]> (r0, wa)
+  b = Conv <pads = [1,1,1,1]> (r0, wb)
+  %s
+  y = Relu (s)
+}"""
+    third = "Conv <pads = [1,1,1,1]> (r0, wc)"
+    model = nets.from_text(text % f"t = Add (a, b)  c = {third}  s = Add (t, c)")
+    net, given = read_net(model), read_net(nets.from_text(text % (order % third)))
+    cpu, seen = torch.device("cpu"), []
+    shown = nets.samples(model, rows=20)
+    pairs = {pair.student[-1]: pair for pair in pairs_of(net, given, shown).pairs}
+
+    meet((net, convert(net, cpu)), (given, convert(given, cpu)), pairs, shown, seen.append, {}, ignore)
+    same: list[Meeting] = []
+    meet((net, convert(net, cpu)), (net, convert(net, cpu)), pairs, shown, same.append, {}, ignore)
+
+    assert [meeting.layer.name for meeting in seen] == ["c0", "a", "b", "c"]
+    assert not any(meeting.beside for meeting in seen if meeting.layer.name in ("a", "b", "c"))
+    assert [meeting.layer.name for meeting in same if meeting.beside] == ["b", "c"]  # made after what is added
+
+
+def test_zeros_of_a_layer_too_wide_for_a_system_stay_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossing, "WIDEST", 100)
+    made = halved(read_net(read_proto(SAMPLES / "digits_vgg.onnx")))
+    random, zeros = np.random.default_rng(0), {}
+    for tensor in made.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.ndim == 4:
+            array = array * (random.random(array.shape) > 0.3)
+            tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float32), tensor.name))
+            zeros[tensor.name] = array == 0
+
+    run(job(tmp_path, "vgg", made))
+
+    refitted = {t.name: numpy_helper.to_array(t) for t in read_proto(tmp_path / "student.onnx").graph.initializer}
+    assert any(zero[0].size > 100 for zero in zeros.values())
+    assert all(not refitted[name][zero].any() for name, zero in zeros.items())
 
 
 def test_a_mixture_on_top_makes_errors_smaller_and_is_left_out_where_one_connection_is_asked_for(

@@ -160,9 +160,14 @@ def _meeting(ahead: _Ahead, pair: Pair, layer: Layer, weights: Weights, source: 
 def _beside(
     teacher: tuple[Net, Program], student: tuple[Net, Program], pairs: Mapping[str, Pair]
 ) -> dict[str, tuple[str, str]]:
-    """Return {student's layer: what the teacher's layer and it are added to}, where the student has that before it."""
+    """Return {student's layer: what the teacher's layer and it are added to}, where the student has that before it.
+
+    Only where both come from the same layers: of three branches two tools may add another two first.
+    """
     theirs, ours = addends(*teacher), addends(*student)
     program = student[1]
+    behind, own = _sources(teacher[1]), _sources(program)
+    known = {**{name: name for name in program.inputs}, **{name: pair.teacher for name, pair in pairs.items()}}
     made = {name: at for at, step in enumerate(program.steps) for name in step.outputs}
     return {
         name: (theirs[pair.teacher], ours[name])
@@ -171,13 +176,24 @@ def _beside(
         and name in ours
         and not {theirs[pair.teacher], ours[name]} & (teacher[1].constants.keys() | program.constants.keys())
         and made.get(ours[name], -1) < made[name]
+        and behind[theirs[pair.teacher]] == {known.get(source) for source in own[ours[name]]}
     }
+
+
+def _sources(program: Program) -> dict[str, frozenset[str]]:
+    """Return of every value the layers and graph inputs that it is made of, with no layer between."""
+    found = {name: frozenset({name}) for name in program.inputs}
+    for step in program.steps:
+        own = (found.get(name, frozenset()) for name in step.inputs)
+        made = frozenset({step.name}) if step.layer is not None else frozenset[str]().union(*own)
+        found.update(dict.fromkeys(step.outputs, made))
+    return found
 
 
 def _alike(theirs: Chunks, ours: Chunks, meeting: Meeting) -> tuple[Chunks, Chunks] | None:
     """Return both branches, of the student's channels; None where they differ by more than the teacher's own size.
 
-    Then one is not the other's counterpart, as where two tools add three branches in another order.
+    Then one is not the other's counterpart.
     """
     axis = 1 if meeting.layer.kernel else -1
     channels = torch.tensor(meeting.pair.channels, device=theirs[0].device)
