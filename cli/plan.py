@@ -94,8 +94,9 @@ def show_plan(console: Console, job: Job, ready: Prepared, origins: Origins) -> 
     heading(console, "Job")
     table = plain_table("", "<", "<")
     table.show_header = False
-    for name, value in _given(found["job"]):
-        table.add_row(f"  {name.replace('_', '-')}", value, Text(_origin(name, origins), "dim"))
+    for name, value in _given(found["job"], _switches(job)):
+        origin = _origin(name.removeprefix("no_"), origins)
+        table.add_row(f"  {name.replace('_', '-')}", value, Text(origin, "dim"))
     budget = job.budget()
     if job.plan is None and job.student is None:
         wanted = "" if job.smallest else f" {budget.told.replace('%', ' %')}"
@@ -142,14 +143,31 @@ def _split(job: Job) -> str:
     return "file" if job.plan is not None else "measured" if job.measured() else "uniform"
 
 
-def _given(job: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the options that have a value, those within options by their own name."""
+def _given(job: Mapping[str, Any], on: Mapping[str, bool]) -> Iterator[tuple[str, str]]:
+    """Yield the options that have a value, those within options by their own name.
+
+    Parameters
+    ----------
+    job : mapping
+    on : {option: whether it has a say}
+        Switches that are on by themselves: one that was turned off is yielded as 'no_...'.
+    """
     for name, value in job.items():
         if isinstance(value, Mapping) and name != "input_shape":
-            yield from _given(value)
-        elif value not in (None, [], {}, (), False):
+            yield from _given(value, on)
+        elif name in on:
+            if on[name]:
+                yield (name if value else f"no_{name}"), "True"
+        elif value is not None and value is not False and value not in ([], {}, ()):
             text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
             yield name, text
+
+
+def _switches(job: Job) -> dict[str, bool]:
+    """Return the switches of methods that are on by themselves, and whether a method of the job has them."""
+    names = [name for name, field in type(job).model_fields.items() if field.default is True]
+    methods = job.methods()
+    return {name: any(hasattr(method, name) for method in methods) for name in names}
 
 
 def _origin(name: str, origins: Origins) -> str:

@@ -61,6 +61,19 @@ def test_a_dry_run_prints_job_and_plan_and_writes_nothing(here: Path) -> None:
     assert re.search(r"^  /gate/gate.1/Conv_output_0 +12 +24 +/gate/gate.3/Conv_output_0", ended.out, re.M)
 
 
+def test_a_dry_run_tells_of_switches_turned_off_and_of_zeros_where_a_method_has_them(here: Path) -> None:
+    job = ["compress", TEACHER, *SHOTS, "-o", "student.onnx", "--keep", "50%", "--dry-run"]
+    squeeze = ["--method", "cross", "--method", "squeeze"]
+
+    told = [call(*job, *more).out for more in (["--views", "0"], squeeze, [*squeeze, "--no-adversarial"])]
+
+    assert re.search(r"^  views +0 +command line *$", told[0], re.M) and re.search(r"^  seed +0 +default", told[0], re.M)
+    assert "adversarial" not in told[0], "cross has no adversary"
+    assert re.search(r"^  adversarial +True +default *$", told[1], re.M)
+    assert re.search(r"^  no-adversarial +True +command line *$", told[2], re.M)
+    assert listing(here) == {}
+
+
 def test_a_dry_run_predicts_what_the_job_then_measures(compressed: Compressed, here: Path) -> None:
     ended = call(
         "compress", TEACHER, *SHOTS, "-o", "student.onnx", "--preset-effort", "fast", "--dry-run", "--json", "-"
