@@ -105,7 +105,7 @@ class Request:
         whole = self._found(self.shots, ports, log, labels=self.labels, most=most)
         if share is not None:
             return whole, share
-        others = self._found(self.holdout, ports, log)
+        others = self._found(self.holdout, ports, _naming(log, "hold-out"))
         return whole, others.stream(np.arange(len(others))) if isinstance(others, Unread) else others
 
     def read_pool(self, ports: Sequence[Port], log: Log = ignore) -> Shots | Unread | None:
@@ -119,10 +119,12 @@ class Request:
         if _paths(self.pool) == ():
             return None
 
+        named = _naming(log, "pool")
+
         def relayed(event: Event) -> None:
             # How many there are is told once they are scored.
             if not event.text or event.level == "warning":
-                log(replace(event, stage="pool"))
+                named(replace(event, stage="pool"))
 
         try:
             return self._found(self.pool, ports, relayed, labelled=False)
@@ -236,6 +238,16 @@ def synthetic(ports: Sequence[Port], count: int, generator: np.random.Generator)
                 f"input '{port.name}' takes {port.dtype}, which cannot be invented.\n  Give real samples: --shots PATH."
             )
     return Shots(inputs, None, tuple(f"synthetic[{row}]" for row in range(count)))
+
+
+def _naming(log: Log, whose: str) -> Log:
+    """Have warnings say of which samples they are, where these are not the shots."""
+
+    def named(event: Event) -> None:
+        warns = event.level == "warning" and event.text
+        log(replace(event, text=f"{whose}: {event.text}") if warns else event)
+
+    return named
 
 
 def _paths(given: Any) -> tuple[str, ...] | None:

@@ -67,6 +67,8 @@ def test_every_file_that_is_left_out_is_named_with_its_reason(here: Path, where:
     said = "\n".join(again.warnings)
     for at in range(8):
         assert f"'{at:02}.png' ({'0 bytes' if at % 2 else 'not an image'})" in said
+    assert ("hold-out: left out 8 of 12 images" in said) == (where == "--holdout")
+    assert any(text.startswith("left out 8 of 12 images") for text in again.warnings) == (where == "--shots")
 
 
 def test_noise_is_called_noise(here: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_job_with_a_pool_reports_what_it_drew_from_and_one_seed_gives_one_file
     assert (found["images"], found["used"], found["draw"], found["unreadable"]) == (40, 40, "preferential", ["bad.png"])
     assert all(int(image["sample"][:2]) < 30 for image in found["most_related"])
     assert all(int(image["sample"][:2]) >= 30 for image in found["least_related"][:10])
-    assert any("left out 1 of 41" in text for text in raw["warnings"])
+    assert any(text.startswith("pool: left out 1 of 41 images: 'bad.png'") for text in raw["warnings"])
     assert raw["job"]["pool"] == ["pool"]
     html = Path("a.report/report.html").read_text()
     assert "Most related" in html and "40 images, preferential draw; 1 unreadable" in html
