@@ -48,7 +48,11 @@ SMALLEST = target(
     "As few MACs as the gate allows, found by halving: some six students are made and judged. Wants --max-drop or "
     "--max-error.",
 )
-STUDENT = target("--student", "FILE", "Refit this student, which another tool pruned or decomposed; nothing more goes.")
+_STUDENT = (
+    "Refit this student, which another tool pruned or decomposed; nothing more goes. By --method cross (effort "
+    "balanced or fast) or fskd."
+)
+STUDENT = target("--student", "FILE", _STUDENT)
 MATCH = method("--match", "FILE", "Of --student: what xdonnx match wrote, edited or not. Default: found anew.")
 
 

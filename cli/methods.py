@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from xdonnx.methods import available
+from xdonnx.methods import POOLED, REFITTING, REFITTING_EFFORTS, available
 from xdonnx_cli.terminal import stdout
 
 # Flags whose names differ from those of the options that they set.
@@ -18,7 +18,7 @@ _FLAGS = {"effort": "preset-effort"}
 
 
 def methods() -> int:
-    """List the methods: the paper, what each needs, its options and when to choose it."""
+    """List the methods: the paper, what each needs and can be given besides, its options and when to choose it."""
     console = stdout()
     for at, (name, entry) in enumerate(available().items()):
         if at:
@@ -30,8 +30,14 @@ def methods() -> int:
         table.add_row("  paper", entry.paper)
         if entry.needs:
             table.add_row("  needs", entry.needs)
-        for option, values in options(entry.target):
+        own = options(entry.target)
+        for option, values in own:
             table.add_row(f"  --{_FLAGS.get(option, option)}", values)
+        if name in REFITTING:
+            efforts = f", by effort {' or '.join(REFITTING_EFFORTS)}" if "effort" in dict(own) else ""
+            table.add_row("  --student", f"refits what another tool made{efforts}")
+        if name in POOLED:
+            table.add_row("  --pool", "learns from unlabelled images too")
         console.print(table)
     return 0
 

@@ -23,7 +23,7 @@ from xdonnx.errors import JobError, did_you_mean
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
 from xdonnx.machine import parsed_bytes
-from xdonnx.methods import make
+from xdonnx.methods import REFITTING, REFITTING_EFFORTS, make
 from xdonnx.mistakes import mistake
 from xdonnx.planfile import read_planfile
 from xdonnx.pool import check_draw
@@ -31,8 +31,6 @@ from xdonnx.samples import Request
 
 DEFAULT_TARGET = ("macs", 0.5)
 ALLOCATIONS = ("auto", "measured", "uniform")
-# The methods that can refit a student which another tool made, and the efforts that they know there.
-REFITTING, REFITTING_EFFORTS = ("cross", "fskd"), ("balanced", "fast")
 
 
 class Job(BaseModel):

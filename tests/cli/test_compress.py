@@ -67,7 +67,9 @@ def test_a_dry_run_tells_of_switches_turned_off_and_of_zeros_where_a_method_has_
 
     told = [call(*job, *more).out for more in (["--views", "0"], squeeze, [*squeeze, "--no-adversarial"])]
 
-    assert re.search(r"^  views +0 +command line *$", told[0], re.M) and re.search(r"^  seed +0 +default", told[0], re.M)
+    assert re.search(r"^  views +0 +command line *$", told[0], re.M) and re.search(
+        r"^  seed +0 +default", told[0], re.M
+    )
     assert "adversarial" not in told[0], "cross has no adversary"
     assert re.search(r"^  adversarial +True +default *$", told[1], re.M)
     assert re.search(r"^  no-adversarial +True +command line *$", told[2], re.M)

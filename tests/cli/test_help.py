@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from program import call
 
+from xdonnx.methods import POOLED, REFITTING
 from xdonnx_cli.app import COMMANDS
 
 DATA = "--shots --labels --per-class --max-shots --holdout --skip-bad --synthetic-shots"
@@ -89,6 +90,15 @@ def test_methods_come_with_paper_needs_options_and_advice() -> None:
     assert "The default." in ended.out and "samples, no labels" in ended.out
     for option in ("--connection", "--mu", "--alpha", "--beta", "--solver", "--ridge", "--preset-effort"):
         assert re.search(rf"^  {option} +\S", ended.out, re.M), option
+
+
+def test_methods_say_who_refits_a_student_and_who_draws_from_a_pool() -> None:
+    parts = {part.split("  ")[0]: part for part in call("methods", width=120).out.split("\n\n")}
+
+    refits = {name for name, part in parts.items() if re.search(r"^  --student +refits", part, re.M)}
+    assert refits == {"cross", "fskd"} == set(REFITTING)
+    assert {name for name, part in parts.items() if re.search(r"^  --pool +learns", part, re.M)} == POOLED
+    assert "by effort balanced or fast" in parts["cross"] and "effort" not in parts["fskd"]
 
 
 def test_options_listed_are_those_that_the_methods_have() -> None:

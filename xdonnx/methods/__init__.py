@@ -82,6 +82,8 @@ METHODS: Mapping[str, Entry] = {
 
 # Those that draw from a pool of unlabelled images.
 POOLED = frozenset({"cross", "tune", "squeeze", "fitnet"})
+# Those that can refit a student which another tool made, and the efforts that they know there.
+REFITTING, REFITTING_EFFORTS = ("cross", "fskd"), ("balanced", "fast")
 
 
 def available() -> dict[str, Entry]:
