@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -10,7 +11,10 @@ from rich.text import Text
 
 from xdonnx.events import Event, Log, ignore
 from xdonnx_cli.flags import Talk
-from xdonnx_cli.terminal import say, shorten, stderr
+from xdonnx_cli.terminal import say, shorten, shortened, stderr
+
+# How long a name may be beside a bar, and from how many before it it has to differ there.
+_LONGEST, _BEFORE = 30, 8
 
 STAGES = {
     "read": "read the model",
@@ -60,6 +64,7 @@ def _line(event: Event) -> str:
 def _drawing(bars: Progress) -> Log:
     """Return a log that gives each stage a bar, and names below it what the job is busy with."""
     tasks: dict[str, TaskID] = {}
+    before: deque[str] = deque(maxlen=_BEFORE)
 
     def draw(event: Event) -> None:
         stage = STAGES.get(event.stage, event.stage)
@@ -73,7 +78,16 @@ def _drawing(bars: Progress) -> Log:
         if event.total:
             bars.update(task, total=event.total, completed=event.done, count=f"{event.done}/{event.total}")
         if event.stage in ("curves", "fit", "tables", "ranks", "split") and event.text:
-            width = max(12, bars.console.width - 40)
-            bars.update(task, description=f"{stage} {Text(shorten(event.text, min(width, 30))).plain}")
+            name = _short(event.text, before, min(max(12, bars.console.width - 40), _LONGEST))
+            bars.update(task, description=f"{stage} {Text(name).plain}")
+            if event.text not in before:
+                before.append(event.text)
 
     return draw
+
+
+def _short(name: str, before: Iterable[str], most: int) -> str:
+    """Return the end of a layer's name, where names mostly differ; another part if one just before it ends alike."""
+    end, others = shorten(name, most, 1.0), [other for other in before if other != name]
+    alike = any(shorten(other, most, 1.0) == end for other in others)
+    return shortened([*others, name], most)[name] if alike else end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import nets
 import onnx
 import pytest
 from program import SAMPLES, TEACHER, call
+from rich.console import Console
+from rich.progress import Progress
 
 from xdonnx.cost import measure_cost
 from xdonnx.coverage import IN_TORCH
@@ -143,6 +146,26 @@ def test_names_of_a_hundred_layers_stay_apart_when_shortened() -> None:
     for names in (begin, end):
         short = shortened(names, 16)
         assert len(set(short.values())) == 100 and max(map(len, short.values())) <= 16
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_bar_names_layers_so_that_one_tells_them_apart(width: int) -> None:
+    """Forty letters of stage and layer begin alike; other exporters' names end alike as well."""
+    from xdonnx.events import Event
+    from xdonnx_cli.progress import _drawing
+
+    differ = [f"model.backbone.stages.2.blocks.{k}.conv{n}" for k in range(6) for n in (1, 2)]
+    alike = [f"/features/features.{n}/features.{n}.1/BatchNormalization_output_0" for n in range(12)]
+    for names in (differ, alike):
+        bars = Progress(console=Console(file=io.StringIO(), width=width))
+        draw, shown = _drawing(bars), []
+        for at, name in enumerate(names):
+            draw(Event("fit", name, done=at, total=len(names)))
+            shown.append(bars.tasks[-1].description.removeprefix("compress "))
+        assert all(short not in shown[max(0, at - 8) : at] for at, short in enumerate(shown))
+        assert max(map(len, shown)) <= max(12, min(30, width - 40))
+        assert shown[0].startswith("…") and names[0].endswith(shown[0][1:])
+        assert names is alike or all(name.endswith(short[1:]) for name, short in zip(names, shown, strict=True))
 
 
 def test_json_holds_the_whole_survey() -> None:
