@@ -264,7 +264,7 @@ def test_fitnet_reports_the_divergence_of_its_judges_after_the_hint(monkeypatch:
     _, order = (torch.randperm(60, generator=generator).numpy() for _ in range(2))  # one draw for each stage
     judges = shots.take(order[: round(training.JUDGES * 60)])
 
-    texts = [event.text for event in events if event.stage == "tune" and event.text]
+    texts = [event.text for event in events if event.stage == "tune" and "->" in event.text]
     assert len(texts) == 2
     assert f"loss {divergence(net, hinted, judges):.4g} ->" in texts[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ def test_tune_mends_two_inputs_and_several_answers_and_regressions(text: str) ->
 
     assert made.drop == patch.drop
     assert gap(net, made) < 0.8 * gap(net, patch)
+
+
+def test_every_trial_and_check_says_step_loss_and_rate_as_they_were() -> None:
+    net, events, steps = net_of("plain"), [], 2 * training.TRIAL_STEPS + 20
+
+    trained(net, halved(net), shots_of(net, 60), log=events.append, steps=steps, rates=(0.003, 0.01))
+
+    texts = [event.text for event in events if event.text]
+    assert [text.split(":")[0] for text in texts[:2]] == ["trial"] * 2 and texts[0].endswith("at rate 0.003")
+    checks = [re.fullmatch(rf"step (\d+) of {steps}: held-out loss (\S+) at rate (\S+)", text) for text in texts[2:-1]]
+    assert all(checks)
+    assert [int(check[1]) for check in checks if check] == list(range(10, steps + 1, 10))
+    losses, rates = ([float(check[at]) for check in checks if check] for at in (2, 3))
+    assert f"-> {min(losses):.4g} at rate" in texts[-1]
+    assert max(rates) <= 0.01 and rates[2:] == sorted(rates[2:], reverse=True)
 
 
 def test_matching_is_the_mean_over_taps_of_the_relative_error() -> None:

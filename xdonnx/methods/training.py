@@ -290,7 +290,8 @@ class _Run:
             found = {}
             for candidate in self.plan.rates:
                 made, _ = self._descend(begin, candidate, TRIAL_STEPS)
-                found[candidate] = self._judge(made)
+                error = found[candidate] = self._judge(made)
+                self.log(Event("tune", f"trial: {self.judged_by} loss {error:.4g} at rate {candidate:g}"))
             least = min(found.values())
             rate = max(c for c, error in found.items() if error <= least * _AS_GOOD)
         made, error = self._descend(begin, rate, self.plan.steps, checks=_CHECKS)
@@ -346,6 +347,8 @@ class _Run:
             self.log(Event("tune", done=self.done, total=self.total))
             if checks and ((step + 1) % max(1, steps // checks) == 0 or step == steps - 1):
                 error = self._judge(average)
+                text = f"step {step + 1} of {steps}: {self.judged_by} loss {error:.4g} at rate {factor:.3g}"
+                self.log(Event("tune", text))
                 if error < least:
                     best, least = {name: tensor.clone() for name, tensor in average.items()}, error
         return (best, least) if checks else (average, math.nan)
