@@ -46,6 +46,7 @@ def layer_results(net: Net, outcome: Outcome, structure: str, *, residual: bool 
                 objective_before=trace.objective_before if trace else None,
                 objective_after=trace.objective_after if trace else None,
                 seconds=round(trace.seconds, 4) if trace else None,
+                pool_weight=trace.pool if trace else None,
                 note=_spared(net, layer, outcome)
                 if single
                 else "; ".join(_reasons(net, layer, residual=residual))[:200],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path, PurePath
@@ -26,7 +27,7 @@ from xdonnx.report import (
     judged_by,
     preset_of,
 )
-from xdonnx.sheet import PoolSheet
+from xdonnx.sheet import INDICATORS, PoolSheet
 from xdonnx.tries import tried
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -62,7 +63,8 @@ def page(report: Report) -> str:
         tries=tried(report.tries),
         curve=curve(report.tries),
         worst=[_shot(shot) for shot in report.fidelity.worst] if report.fidelity else [],
-        pool=_pool(report.pool) if report.pool else None,
+        pool=_pool(report.pool, report.layers) if report.pool else None,
+        pooled=any(layer.pool_weight is not None for layer in report.layers),
         whole=list(whole.items()),
         whole_count=sum(map(len, whole.values())),
         interface=_interface(report),
@@ -255,6 +257,7 @@ def _layer(layer: LayerResult) -> dict[str, str]:
         "macs": " → ".join(map(amount, macs)),
         "before": error_text(layer.objective_before),
         "after": error_text(layer.objective_after),
+        "pool": "" if layer.pool_weight is None else f"{layer.pool_weight:g}",
         "note": layer.note,
     }
 
@@ -289,7 +292,7 @@ def _shot(shot: WorstShot) -> dict[str, Any]:
     }
 
 
-def _pool(pool: PoolSheet) -> dict[str, Any]:
+def _pool(pool: PoolSheet, layers: Sequence[LayerResult]) -> dict[str, Any]:
     """Return both ends of the pool, and what was made of it in words."""
     left = [
         *([f"{pool.twins:,} left out as samples"] if pool.twins else []),
@@ -302,7 +305,7 @@ def _pool(pool: PoolSheet) -> dict[str, Any]:
         spread = ", ".join(f"{q:.2f}" for q in pool.quantiles)
         note = (
             "Scores are the teacher's, without samples of its task: of mean 0 and deviation 1, lower is more related "
-            f"(the least, three quartiles and the most: {spread}). They sum {', '.join(pool.indicators)}. "
+            f"(the least, three quartiles and the most: {spread}). "
             f"The draw varies as that of {pool.effective:,.0f} images drawn evenly."
         )
     return {
@@ -313,7 +316,21 @@ def _pool(pool: PoolSheet) -> dict[str, Any]:
             if images
         ],
         "note": note,
+        "weights": _weights(layers),
+        "indicators": [(name, INDICATORS.get(name, "")) for name in pool.indicators] if pool.quantiles else [],
     }
+
+
+def _weights(layers: Sequence[LayerResult]) -> str:
+    """Say how much the pool counted where layers were fitted on it; nothing where none was."""
+    found = Counter(layer.pool_weight for layer in layers if layer.pool_weight is not None)
+    if not found:
+        return ""
+    counts = (f"{weight:g} in {count} layer{'s' * (count != 1)}" for weight, count in found.most_common())
+    return (
+        "Weight of the pool in the fit of a layer, where all samples together have 1, chosen by folds of the samples "
+        f"where these were made: {', '.join(counts)}."
+    )
 
 
 def _whole(layers: Sequence[LayerResult]) -> dict[str, list[str]]:

@@ -221,6 +221,7 @@ class LayerResult(BaseModel):
     objective_before: float | None = None
     objective_after: float | None = None
     seconds: float | None = None
+    pool_weight: float | None = Field(None, description="that the pool had in its fit, where all samples have 1")
     note: str = ""
 
 
@@ -261,9 +262,7 @@ class Report(BaseModel):
     matches: tuple[MatchResult, ...] = ()
     fit_samples: int | None = Field(None, description="samples that fitted the student; None for two given files")
     pool: PoolSheet | None = None
-    tries: tuple[Try, ...] = Field(
-        default=(), description="what was tried to meet a latency, or the gate with --smallest"
-    )
+    tries: tuple[Try, ...] = Field((), description="what was tried to meet a latency, or the gate with --smallest")
 
 
 def plain(value: Any) -> Any:

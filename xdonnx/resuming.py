@@ -91,7 +91,8 @@ def staged(
     found: Outcome = method(net, patch, fit, plan, replace(bench, journal=journal.under(str(at))))
     arrays: Mapping[str, np.ndarray] = {**found.patch.tensors, _STATE: bench.generator.get_state().numpy()}
     traces_made = [
-        [trace.layer, trace.objective_before, trace.objective_after, trace.seconds] for trace in found.traces
+        [trace.layer, trace.objective_before, trace.objective_after, trace.seconds, trace.pool]
+        for trace in found.traces
     ]
     journal.keep(f"method {at}", Entry(arrays, {"drop": sorted(found.patch.drop), "traces": traces_made}))
     return found

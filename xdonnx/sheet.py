@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydantic import BaseModel, Field
 
 from xdonnx.strict import STRICT
+
+# What a score sums, in words; each is lower for what looks more like the images that the teacher learned from.
+INDICATORS: Mapping[str, str] = {
+    "mp": "how unsure the teacher is: 1 minus the probability of its first class",
+    "h": "how spread its answer is: the entropy of the probabilities",
+    "t1000": "as mp, with logits divided by 1,000",
+    "dms": "squared distance of the means of channels from those in training, by BatchNormalization",
+    "dss": "squared distance of their deviations from those in training",
+    "dss_ext": "share of channels whose variance chance does not explain",
+    "aos": "mean square of what BatchNormalization puts out, before its scale and shift",
+    "norm": "minus the length of the features that the last linear layer reads",
+    "act": "minus the score of the first class, before its bias",
+    "proj": "as act, divided by the length of the weights of that class",
+    "ang": "1 minus the cosine between the features and the weights of the first class",
+}
 
 
 class PoolImage(BaseModel):

@@ -12,7 +12,7 @@ from reports import PIXEL, full_report, gate, layer, shot
 
 from xdonnx.page import page
 from xdonnx.report import Fidelity, LayerResult, OutputError, Report
-from xdonnx.sheet import PoolImage, PoolSheet
+from xdonnx.sheet import INDICATORS, PoolImage, PoolSheet
 
 # Elements that have no end tag.
 VOID = {"meta", "link", "img", "br"}
@@ -233,7 +233,9 @@ def test_both_ends_of_a_pool_are_shown_whatever_its_images_are_called() -> None:
         least_related=(image("noise.png", 3.0),),
     )
 
-    found = Reader(page(full_report(pool=sheet, fit_samples=10)))
+    weights = [None, 0.3, 0.3, 0.0, 0.3, 1.0, None]
+    layers = [layer(at, 0.1).model_copy(update={"pool_weight": weight}) for at, weight in enumerate(weights)]
+    found = Reader(page(full_report(pool=sheet, fit_samples=10, layers=tuple(layers))))
 
     for words in (
         "1,190 images, preferential draw; 10 left out as samples; 1 unreadable",
@@ -241,7 +243,14 @@ def test_both_ends_of_a_pool_are_shown_whatever_its_images_are_called() -> None:
         "Least related no image noise.png score 3.00",
         "of 321 images drawn evenly",
         "fitted on 10 and a pool of 1190",
+        "lower is more related",
+        "What a score sums Each is measured from what uniform noise scores",
+        f"mp {INDICATORS['mp']} dms {INDICATORS['dms']}",
+        "where all samples together have 1, chosen by folds of the samples where these were made: "
+        "0.3 in 3 layers, 0 in 1 layer, 1 in 1 layer.",
     ):
         assert words in found.text, words
+    assert INDICATORS["ang"] not in found.text
+    assert "Weight of the pool" not in Reader(page(full_report(pool=sheet))).text
     uniform = sheet.model_copy(update={"quantiles": (), "most_related": (), "least_related": ()})
     assert "Nothing of this model says" in Reader(page(full_report(pool=uniform))).text

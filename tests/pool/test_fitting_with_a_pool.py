@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import nets
@@ -19,9 +20,10 @@ from xdonnx.crossval import Fold, choose, measure_folds
 from xdonnx.direct import Seen, blended, measure_directly
 from xdonnx.events import Event
 from xdonnx.graph import Net, read_net
+from xdonnx.journal import open_journal
 from xdonnx.methods import METHODS, POOLED, layerwise, make
 from xdonnx.methods.cross import Cross
-from xdonnx.methods.layerwise import Bench
+from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.patch import Patch, cut
 from xdonnx.pool import Pool
 from xdonnx.runtime import answer, open_session
@@ -115,10 +117,15 @@ def shots_of(net: Net, rows: int, seed: int) -> Shots:
     return Shots(nets.samples(net.source, rows, seed), None, tuple(map(str, range(rows))))
 
 
-def fitted(net: Net, shots: Shots, pool: Pool | None, log: Any = lambda event: None, **options: Any) -> Patch:
-    bench = Bench(convert(net, torch.device("cpu")), torch.Generator().manual_seed(0), log, pool=pool)
+def outcome(net: Net, shots: Shots, pool: Pool | None, log: Any = lambda event: None, **options: Any) -> Outcome:
+    journal = options.pop("journal", None)
+    bench = Bench(convert(net, torch.device("cpu")), torch.Generator().manual_seed(0), log, pool=pool, journal=journal)
     options = {"views": 0} | options
-    return Cross(**options)(net, Patch(), shots, make_plan(net, Budget("keep", 0.5, "channel")), bench).patch
+    return Cross(**options)(net, Patch(), shots, make_plan(net, Budget("keep", 0.5, "channel")), bench)
+
+
+def fitted(net: Net, shots: Shots, pool: Pool | None, log: Any = lambda event: None, **options: Any) -> Patch:
+    return outcome(net, shots, pool, log, **options).patch
 
 
 def same(one: Patch, other: Patch) -> bool:
@@ -152,11 +159,29 @@ def test_without_weight_a_pool_changes_nothing_and_one_seed_gives_one_student(
     assert same(fitted(net, shots, pool, **published), fitted(net, shots, None, **published))
 
 
+def test_traces_tell_the_weight_of_the_pool_and_a_job_that_goes_on_tells_the_same(net: Net, tmp_path: Path) -> None:
+    shots, pool = shots_of(net, 9, 1), Pool(shots_of(net, 60, 2))
+
+    def weights(pool: Pool | None, **options: Any) -> list[float | None]:
+        return [trace.pool for trace in outcome(net, shots, pool, **options).traces]
+
+    found = weights(pool, journal=open_journal(tmp_path / "j", {}, resume=False))
+
+    assert {weight for weight in found if weight is not None} <= set(layerwise.SHARES) and any(found)
+    assert found == weights(pool, journal=open_journal(tmp_path / "j", {}, resume=True))
+    # Without folds nothing is chosen; and what nobody looked at has no weight.
+    assert set(weights(pool, effort="fast")) <= {layerwise.SHARES[0], None}
+    assert set(weights(None)) == {None}
+
+
 def test_layers_too_dear_for_moments_are_fitted_on_the_pool_too(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xdonnx.direct, "DEAR", 0)
     shots, pool = shots_of(net, 3, 1), Pool(shots_of(net, 60, 2))
 
-    assert gap(net, fitted(net, shots, pool)) < 0.95 * gap(net, fitted(net, shots, None))
+    made = outcome(net, shots, pool)
+
+    assert gap(net, made.patch) < 0.95 * gap(net, fitted(net, shots, None))
+    assert {trace.pool for trace in made.traces} == {layerwise.SHARES[0], None}
 
 
 def test_layers_too_wide_for_moments_do_without_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:

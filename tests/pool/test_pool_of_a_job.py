@@ -69,9 +69,12 @@ def test_a_job_with_a_pool_reports_what_it_drew_from_and_one_seed_gives_one_file
     assert (found["images"], found["used"], found["draw"], found["unreadable"]) == (40, 40, "preferential", ["bad.png"])
     assert all(int(image["sample"][:2]) < 30 for image in found["most_related"])
     assert all(int(image["sample"][:2]) >= 30 for image in found["least_related"][:10])
+    # The first layer, whose input is the teacher's, is left as it is; the effort fast makes no folds.
+    assert {layer["pool_weight"] for layer in raw["layers"]} == {0.3, None}
     assert any(text.startswith("pool: left out 1 of 41 images: 'bad.png'") for text in raw["warnings"])
     assert raw["job"]["pool"] == ["pool"]
     html = Path("a.report/report.html").read_text()
+    assert "What a score sums" in html and "these were made: 0.3 in " in html
     assert "Most related" in html and "40 images, preferential draw; 1 unreadable" in html
     assert html.count('<figure><img src="data:image/png;base64,') == 24 and len(html) < 200_000
     # Without a pool nothing of it is said.

@@ -27,6 +27,7 @@ from xdonnx.relatedness import (
 )
 from xdonnx.rows import of_array
 from xdonnx.runtime import answer, open_session
+from xdonnx.sheet import INDICATORS
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 Array = NDArray[Any]
@@ -98,6 +99,7 @@ def test_indicators_are_what_their_definitions_say(text: str, more: str) -> None
     gauge = open_gauge(proto, feed)
 
     assert gauge.names == (*LOGITS, *LATENT, *NORMS)
+    assert set(INDICATORS) == set(gauge.names), "the report has a word for each"
     for at, (name, values) in enumerate(by_hand(proto, feed).items()):
         np.testing.assert_allclose(gauge(feed)[:, at], values, rtol=2e-3, atol=2e-4, err_msg=name)
 

@@ -87,13 +87,15 @@ class Trace:
 
     `objective_before` is the error of the removal alone, `objective_after` that after the refit; both are shares of the
     teacher's output energy (without its bias where that is not refitted), under the regression connection. None where
-    the layer was left as it is on inputs that differ.
+    the layer was left as it is on inputs that differ. `pool` is the weight that the pool had in the fit, all its rows
+    together, where the samples have 1; None where it had no part in it.
     """
 
     layer: str
     objective_before: float | None
     objective_after: float | None
     seconds: float
+    pool: float | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ class _Visitor:
         self.net, self.plan, self.rule, self.bench = net, plan, rule, bench
         self.drop, self.tensors = drop, tensors
         self.traces: list[Trace] = []
+        self.shares: dict[str, float] = {}
         self.rows, self.samples, self.chunks = rows, samples, chunks
         self.relus = before_relu(net) if rule.rectify else {}
         self.decides: dict[str, list[int]] = {}
@@ -251,9 +254,10 @@ class _Visitor:
                 self.tensors[layer.bias] = weights[1].cpu().numpy()
         elif layer.weight in self.tensors or layer.bias in self.tensors:
             weights = self._fitted(stop)
-        self.traces.append(Trace(layer.name, before, after, time.perf_counter() - began))
+        share = self.shares.get(layer.name)
+        self.traces.append(Trace(layer.name, before, after, time.perf_counter() - began, share))
         if journal and weights is not None and self._open(stop):
-            facts = {"drop": sorted(self.drop - dropped), "trace": [before, after, self.traces[-1].seconds]}
+            facts = {"drop": sorted(self.drop - dropped), "trace": [before, after, self.traces[-1].seconds, share]}
             own = {name: self.tensors[name] for name in (layer.weight, layer.bias) if name in self.tensors}
             journal.keep(layer.name, Entry(own, facts))
         return weights
@@ -305,6 +309,7 @@ class _Visitor:
             if pool:
                 others = measure_directly(pool, (rule.connection, rule.ridge), teacher, **how)
                 quadratic = blended(quadratic, others, SHARES[0])
+                self.shares[layer.name] = SHARES[0]
             matrix, mask = self._settle(layer, quadratic, teacher, columns)
             matrix = self._rectified(
                 layer, (seen, pool, SHARES[0]), (rule.connection, rule.ridge), teacher, matrix, mask, how
@@ -348,6 +353,7 @@ class _Visitor:
         if others is not None:
             same = candidates[:1] * len(SHARES)
             share = choose(folds, same, teacher, mask, alive, lean=0.0, shares=SHARES, **known)
+            self.shares[layer.name] = SHARES[share]
         best = choose(folds, candidates, teacher, mask, alive, lean=LEAN, shares=SHARES[share:][:1], **known)
         if best or share:
             fitted = whole.and_share(others, SHARES[share])
