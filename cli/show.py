@@ -11,7 +11,7 @@ from rich.text import Text
 
 from xdonnx.figures import amount
 from xdonnx.gate import STRICT, heavy_loss
-from xdonnx.report import Figures, GateResult, LayerResult, Report, gate_line, gist, preset_of
+from xdonnx.report import Fidelity, Figures, GateResult, LayerResult, Report, gate_line, gist, preset_of
 from xdonnx.tries import Try, tried
 from xdonnx_cli.terminal import beside, bullets, heading, percent, plain_table, room, say, shorten, shortened
 
@@ -65,12 +65,11 @@ def verdict(console: Console, report: Report) -> None:
 
 def before_after(console: Console, report: Report) -> None:
     """Print what both models cost and how they answer."""
-    table = plain_table("", "teacher", "student", "")
-    if report.teacher and report.student:
-        for row in _cost_rows(report.teacher, report.student):
-            table.add_row(*row)
-    for row in _fidelity_rows(report):
-        table.add_row(*row)
+    given = {name: found for name, _, found, _ in _fidelity_rows(report.given)}
+    table = plain_table("", "teacher", *["as given"] * bool(given), "student", "")
+    costs = _cost_rows(report.teacher, report.student) if report.teacher and report.student else ()
+    for name, teacher, *others in (*costs, *_fidelity_rows(report.fidelity)):
+        table.add_row(name, teacher, *[given.get(name, "")] * bool(given), *others)
     if table.row_count:
         console.print()
         console.print(table)
@@ -85,7 +84,7 @@ def before_after(console: Console, report: Report) -> None:
         console.print(Text(f"{fit}judged on {count} {kind}{fitted}{seen}; {report.device}", "dim"))
 
 
-def _cost_rows(teacher: Figures, student: Figures) -> Iterable[tuple[str, ...]]:
+def _cost_rows(teacher: Figures, student: Figures) -> Iterable[tuple[str, str, str, str]]:
     sizes = amount(teacher.bytes, "B"), amount(student.bytes, "B")
     yield "file size", *sizes, percent(student.bytes, teacher.bytes)
     yield "weights", amount(teacher.params), amount(student.params), percent(student.params, teacher.params)
@@ -101,8 +100,7 @@ def _cost_rows(teacher: Figures, student: Figures) -> Iterable[tuple[str, ...]]:
         yield f"latency, {where}", *times, percent(theirs.median, ours.median)
 
 
-def _fidelity_rows(report: Report) -> Iterable[tuple[str, ...]]:
-    fidelity = report.fidelity
+def _fidelity_rows(fidelity: Fidelity | None) -> Iterable[tuple[str, str, str, str]]:
     if fidelity is None:
         return
     drop = fidelity.drop

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -97,6 +97,7 @@ def judged(
             confidence=job.gate.confidence or CONFIDENCE,
             **how,
         )
+        before = None if job.student is None else _before(job, held_out, how)
         # Stamped with what it was found to be worth, so that the file judged is to the byte the file delivered.
         add_metadata(student, _worth(fidelity))
         write_proto(student, candidate, external=job.external_data)
@@ -121,8 +122,30 @@ def judged(
         )
         if report.exit_code not in (0, 3):
             raise VerifyError("; ".join(report.reasons))
-    warnings = (*heard, *report.warnings)
-    return Judged(student, report.model_copy(update={"layers": tuple(layers), "warnings": warnings}))
+    found = {"layers": tuple(layers), "warnings": (*heard, *report.warnings), "given": before}
+    return Judged(student, report.model_copy(update=found))
+
+
+def _before(job: Job, held_out: Shots, how: Mapping[str, Any]) -> Fidelity | None:
+    """Return how a given student answers before the refit; None, and a warning, where that cannot be compared."""
+    assert job.student is not None, "there is one"
+    log: Log = how["log"]
+
+    def told(event: Event) -> None:
+        # What is amiss with the samples is told of the refitted student.
+        if event.level != "warning":
+            log(event)
+
+    generator = np.random.default_rng(job.seed)
+    confidence = job.gate.confidence or CONFIDENCE
+    try:
+        found = compare(
+            job.model, job.student, held_out, generator=generator, confidence=confidence, **{**how, "log": told}
+        )
+    except VerifyError as error:
+        log(Event("verify", f"the given student, before it was refitted: {error}", level="warning"))
+        return None
+    return found.model_copy(update={"worst": ()})
 
 
 def delivered(

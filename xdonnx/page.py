@@ -15,6 +15,7 @@ from xdonnx.figures import amount
 from xdonnx.plot import curve, error_text, plot
 from xdonnx.report import (
     AT_LEAST,
+    Fidelity,
     FileInfo,
     GateResult,
     LayerResult,
@@ -33,6 +34,7 @@ from xdonnx.tries import tried
 _TEMPLATES = Path(__file__).parent / "templates"
 # Rows of outputs; a detector with forty of them says enough with the worst.
 _OUTPUTS = 6
+_SMALLEST = "smallest drop, points"
 
 
 def page(report: Report) -> str:
@@ -56,7 +58,7 @@ def page(report: Report) -> str:
         when=_when(report.started),
         tiles=list(_tiles(report)),
         gates=[_gate(report, gate) for gate in report.gates],
-        rows=[*_cost_rows(report), *_fidelity_rows(report)],
+        rows=_rows(report),
         samples=_samples(report),
         layers=[_layer(layer) for layer in report.layers],
         plot=plot(report.layers) if report.layers else None,
@@ -111,7 +113,10 @@ def _tiles(report: Report) -> Iterator[dict[str, str]]:
     if fidelity is None:
         return
     if fidelity.accuracy_teacher is not None and fidelity.accuracy_student is not None:
-        yield tile("accuracy", f"{fidelity.accuracy_student:.2f} %", f"teacher {fidelity.accuracy_teacher:.2f} %")
+        given = report.given and report.given.accuracy_student
+        before = "" if given is None else f", as given {given:.2f} %"
+        detail = f"teacher {fidelity.accuracy_teacher:.2f} %{before}"
+        yield tile("accuracy", f"{fidelity.accuracy_student:.2f} %", detail)
     elif fidelity.top1_agreement is not None:
         yield tile("agreement", f"{fidelity.top1_agreement:.2f} %", "with the teacher")
     elif errors := [output.relative_l2 for output in fidelity.outputs if output.relative_l2 is not None]:
@@ -169,7 +174,7 @@ def _range(report: Report, gate: GateResult) -> dict[str, Any] | None:
 
 
 def _row(name: str, teacher: str, student: str, **more: Any) -> dict[str, Any]:
-    blank = {"about": "", "teacher_about": "", "student_about": "", "share": None}
+    blank = {"about": "", "teacher_about": "", "given": "", "given_about": "", "student_about": "", "share": None}
     return {"name": name, "teacher": teacher, "student": student} | blank | more
 
 
@@ -200,8 +205,18 @@ def _cost_rows(report: Report) -> Iterator[dict[str, Any]]:
         )
 
 
-def _fidelity_rows(report: Report) -> Iterator[dict[str, Any]]:
-    fidelity = report.fidelity
+def _rows(report: Report) -> list[dict[str, Any]]:
+    """Return the rows of the table of both models, with what a given student was before its refit."""
+    before = {row["name"]: row for row in _fidelity_rows(report.given, most=None)}
+    rows = [*_cost_rows(report), *_fidelity_rows(report.fidelity)]
+    for row in rows:
+        its = before.get(row["name"])
+        if its and its["name"] != _SMALLEST:  # which is the samples', not a student's
+            row |= {"given": its["student"], "given_about": its["student_about"]}
+    return rows
+
+
+def _fidelity_rows(fidelity: Fidelity | None, most: int | None = _OUTPUTS) -> Iterator[dict[str, Any]]:
     if fidelity is None:
         return
     if fidelity.accuracy_teacher is not None and fidelity.accuracy_student is not None:
@@ -215,9 +230,9 @@ def _fidelity_rows(report: Report) -> Iterator[dict[str, Any]]:
         yield _row(f"drop of {drop.of}, points", "", f"{drop.value:.2f}", about=moved, student_about=sure)
     if fidelity.drop and fidelity.smallest_drop is not None:
         about = "that so many samples can tell from none"
-        yield _row("smallest drop, points", "", f"{fidelity.smallest_drop:.2f}", about=about)
+        yield _row(_SMALLEST, "", f"{fidelity.smallest_drop:.2f}", about=about)
     known = [output for output in fidelity.outputs if output.relative_l2 is not None]
-    for output in sorted(known, key=lambda output: -(output.relative_l2 or 0.0))[:_OUTPUTS]:
+    for output in sorted(known, key=lambda output: -(output.relative_l2 or 0.0))[:most]:
         bounds = f"{output.low:.6f} to {output.high:.6f}" if output.low is not None and output.high is not None else ""
         more = [
             *([] if output.max_abs is None else [f"largest difference {output.max_abs:.4g}"]),
@@ -230,8 +245,8 @@ def _fidelity_rows(report: Report) -> Iterator[dict[str, Any]]:
             about="; ".join(["relative L2", *more]),
             student_about=bounds,
         )
-    if len(known) > _OUTPUTS:
-        yield _row(f"and {len(known) - _OUTPUTS} outputs of smaller error", "", "")
+    if most is not None and len(known) > most:
+        yield _row(f"and {len(known) - most} outputs of smaller error", "", "")
     for output in fidelity.outputs:
         if output.agreement is not None:
             yield _row(f"equal elements of '{output.name}'", "", f"{output.agreement:.2f} %")

@@ -23,7 +23,7 @@ from xdonnx.strict import STRICT
 from xdonnx.tries import Try
 
 # 1.1 has the worst shots, and says which outputs were not compared. 1.2 has the pool, the memory taken, what was tried
-# on the way, and how a given student was matched.
+# on the way, and how a given student was matched and how it answered before.
 SCHEMA_VERSION = "1.2"
 
 # The unit of a gate and the decimals in which it is shown, where these suffice to see whether the limit was kept.
@@ -221,7 +221,7 @@ class LayerResult(BaseModel):
     objective_before: float | None = None
     objective_after: float | None = None
     seconds: float | None = None
-    pool_weight: float | None = Field(None, description="that the pool had in its fit, where all samples have 1")
+    pool_weight: float | None = Field(default=None, description="of the pool in its fit; that of all samples is 1")
     note: str = ""
 
 
@@ -254,6 +254,7 @@ class Report(BaseModel):
     teacher: Figures | None = None
     student: Figures | None = None
     fidelity: Fidelity | None = None
+    given: Fidelity | None = Field(default=None, description="of a given student, before it was refitted")
     gates: tuple[GateResult, ...] = ()
     layers: tuple[LayerResult, ...] = ()
     interface: InterfaceCheck | None = None
@@ -262,7 +263,7 @@ class Report(BaseModel):
     matches: tuple[MatchResult, ...] = ()
     fit_samples: int | None = Field(None, description="samples that fitted the student; None for two given files")
     pool: PoolSheet | None = None
-    tries: tuple[Try, ...] = Field((), description="what was tried to meet a latency, or the gate with --smallest")
+    tries: tuple[Try, ...] = Field(default=(), description="what was tried to meet a latency, or the gate: --smallest")
 
 
 def plain(value: Any) -> Any:

@@ -90,10 +90,25 @@ def _before_after(report: Report) -> list[str]:
     if errors:
         worst = max(errors, key=lambda output: output.relative_l2 or 0.0)
         rows.append(_row(f"relative L2 of '{worst.name}'", "", f"{worst.relative_l2:.6f}", ""))
+    rows += _as_given(report)
     if not rows:
         return []
     samples = f"{fidelity.samples} {'held-out ' * fidelity.held_out}samples" if fidelity else ""
     return [_row(samples, "teacher", "student", "student / teacher"), "|---|---|---|---|", *rows, ""]
+
+
+def _as_given(report: Report) -> list[str]:
+    """Say in a row how a given student answered before it was refitted."""
+    given = report.given
+    if given is None:
+        return []
+    errors = [output.relative_l2 for output in given.outputs if output.relative_l2 is not None]
+    parts = [
+        *([] if given.accuracy_student is None else [f"accuracy {given.accuracy_student:.2f} %"]),
+        *([] if given.top1_agreement is None else [f"agreement {given.top1_agreement:.2f} %"]),
+        *([f"relative L2 {max(errors):.6f}"] if errors else []),
+    ]
+    return [_row("as given, before the refit", "", ", ".join(parts), "")]
 
 
 def _worst_layers(layers: Iterable[LayerResult]) -> list[str]:

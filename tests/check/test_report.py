@@ -239,6 +239,7 @@ def test_the_summary_never_passes_sixty_lines() -> None:
         warnings=tuple(f"warning {number}" for number in range(100)),
         layers=tuple(layer(number, 1.0) for number in range(200)),
         gates=(gate,) * 4,
+        given=full_report().fidelity,
         command="xdonnx " + "--exclude a\n" * 1000,
     )
     assert len(summary(report).splitlines()) <= 60

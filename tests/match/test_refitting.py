@@ -169,6 +169,7 @@ def test_both_methods_win_back_what_l1_norm_lost(
 
     before = accuracy(given, digits)
     assert before < 40 and found["fskd"] > before + 25 and found["cross"] > least
+    assert all(one.given and one.given.accuracy_student == pytest.approx(before) for one in reports.values())
     assert found["cross"] == pytest.approx(accuracy(tmp_path / "cross" / "student.onnx", digits))
     matches = reports["cross"].matches
     assert [one.teacher for one in matches] == list(net.layers) and all(one.confidence > 0.99 for one in matches)
