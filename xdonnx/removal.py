@@ -240,7 +240,8 @@ class _Returns:
 def _view(reader: Reader, kept: Tensor) -> _View:
     """Invert afresh on the channels that are left."""
     columns, spots = _places(reader, kept)
-    factor = torch.linalg.cholesky(among(reader.hess, columns))
+    left = reader.hess if len(columns) == reader.hess.shape[1] else among(reader.hess, columns)
+    factor = torch.linalg.cholesky(left)
     inverse = torch.cholesky_inverse(factor)
     weight = inverse @ reader.lin.index_select(2, columns).mT
     return _View(reader, columns, spots, factor, inverse, weight)

@@ -317,10 +317,12 @@ def _solution(q: Quadratic, weight: Tensor, mask: Tensor, steps: int, converged:
 def _settle(q: Quadratic, w: Tensor, movable: Tensor) -> Tensor:
     """Minimise over the `movable` weights and leave the others as they are in `w`."""
     slack = q.lin - w @ q.hess
+    if bool(movable.all()):
+        return w + _minimum(q.hess, slack)
     g, o, d = w.shape
     if bool((movable == movable[:, :1]).all()):
         # All rows of a group share a support, so one factor serves them.
-        support, slack, group = movable[:, 0], slack, torch.arange(g, device=w.device)
+        support, group = movable[:, 0], torch.arange(g, device=w.device)
     else:
         support, slack = movable.reshape(g * o, d), slack.reshape(g * o, 1, d)
         group = torch.arange(g, device=w.device).repeat_interleave(o)
@@ -338,10 +340,7 @@ def _settle(q: Quadratic, w: Tensor, movable: Tensor) -> Tensor:
             batch = order[begin:end]
             spots = torch.argsort(~support[batch], dim=1, stable=True)[:, :width]
             real = support[batch].gather(1, spots)
-            if bool(support[batch].all()):
-                hess = q.hess[group[batch]]
-            else:
-                hess = q.hess[group[batch][:, None, None], spots[:, :, None], spots[:, None, :]]
+            hess = q.hess[group[batch][:, None, None], spots[:, :, None], spots[:, None, :]]
             right = slack[batch].gather(2, spots[:, None].expand(-1, slack.shape[1], -1)) * real[:, None]
             found = _minimum(hess, right, real)
             move[batch] = move[batch].scatter(2, spots[:, None].expand_as(found), found)
@@ -349,27 +348,27 @@ def _settle(q: Quadratic, w: Tensor, movable: Tensor) -> Tensor:
     return w + move.reshape(w.shape)
 
 
-def _minimum(hess: Tensor, right: Tensor, real: Tensor) -> Tensor:
-    """Solve `x @ hess = right` for symmetric (b, k, k) and (b, r, k); where `real` is False, x is zero."""
-    both = real[:, :, None] & real[:, None, :]
+def _minimum(hess: Tensor, right: Tensor, real: Tensor | None = None) -> Tensor:
+    """Solve `x @ hess = right` for symmetric (b, k, k) and (b, r, k); where `real` (b, k) is False, x is zero."""
+    both = None if real is None else real[:, :, None] & real[:, None, :]
     eye = torch.eye(hess.shape[1], dtype=hess.dtype, device=hess.device)
-    factor, failed = torch.linalg.cholesky_ex(torch.where(both, hess, eye))
+    posed = hess if both is None else torch.where(both, hess, eye)
+    factor, failed = torch.linalg.cholesky_ex(posed)
     x = torch.cholesky_solve(right.mT, factor).mT
-    bad = (failed > 0) | _near_singular(factor, hess.shape[1] * torch.finfo(hess.dtype).eps)
+    bad = (failed > 0) | _near_singular(factor, posed, hess.shape[1] * torch.finfo(hess.dtype).eps)
     if bool(bad.any()):
         # Zero instead of the identity in the padding: zero eigenvalues are dropped below.
-        values, vectors = torch.linalg.eigh(hess[bad] * both[bad])
+        values, vectors = torch.linalg.eigh(hess[bad] if both is None else hess[bad] * both[bad])
         floor = values[:, -1:] * hess.shape[1] * torch.finfo(hess.dtype).eps
         inverse = torch.where(values > floor, 1 / values, 0.0)
         x[bad] = ((right[bad] @ vectors) * inverse[:, None]) @ vectors.mT
-    return x * real[:, None]
+    return x if real is None else x * real[:, None]
 
 
-def _near_singular(factor: Tensor, floor: float) -> Tensor:
-    """Whether a pivot of Cholesky factors (b, k, k) is less than that share of the diagonal, (b,)."""
+def _near_singular(factor: Tensor, matrix: Tensor, floor: float) -> Tensor:
+    """Whether a pivot of Cholesky factors (b, k, k) of matrices is less than that share of their diagonal, (b,)."""
     pivots = factor.diagonal(dim1=-2, dim2=-1)
-    rows = factor.square().sum(-1)  # the diagonal of what was factored
-    return (pivots.square() <= rows * floor).any(-1)
+    return (pivots.square() <= matrix.diagonal(dim1=-2, dim2=-1) * floor).any(-1)
 
 
 def _reader(q: Quadratic, start: Tensor, channel: Channel, units: int, *, damp: bool = True) -> Reader:
@@ -377,7 +376,7 @@ def _reader(q: Quadratic, start: Tensor, channel: Channel, units: int, *, damp: 
     # Costs need an inverse. This pull only breaks ties among weights that fit the shots equally well.
     if damp and q.hess.shape[1] <= WIDE:
         factor, failed = torch.linalg.cholesky_ex(q.hess)
-        if bool(((failed > 0) | _near_singular(factor, 1e-9)).any()):
+        if bool(((failed > 0) | _near_singular(factor, q.hess, 1e-9)).any()):
             q = damped(q, start, 1e-8, bias=False)
     missing = torch.full((units - channel.count, channel.table.shape[1]), -1, dtype=torch.long)
     table = torch.cat([channel.table, missing]).to(q.hess.device)
