@@ -65,11 +65,12 @@ def verdict(console: Console, report: Report) -> None:
 
 def before_after(console: Console, report: Report) -> None:
     """Print what both models cost and how they answer."""
-    given = {name: found for name, _, found, _ in _fidelity_rows(report.given)}
-    table = plain_table("", "teacher", *["as given"] * bool(given), "student", "")
-    costs = _cost_rows(report.teacher, report.student) if report.teacher and report.student else ()
-    for name, teacher, *others in (*costs, *_fidelity_rows(report.fidelity)):
-        table.add_row(name, teacher, *[given.get(name, "")] * bool(given), *others)
+    costs = list(_cost_rows(report.teacher, report.student)) if report.teacher and report.student else []
+    found, before = (dict(_fidelity_rows(one)) for one in (report.fidelity, report.given))
+    given = [""] * len(costs) + [before[key][2] if key in before else "" for key in found]
+    table = plain_table("", "teacher", *["as given"] * any(given), "student", "")
+    for (name, teacher, *others), cell in zip([*costs, *found.values()], given, strict=True):
+        table.add_row(name, teacher, *[cell] * any(given), *others)
     if table.row_count:
         console.print()
         console.print(table)
@@ -100,7 +101,8 @@ def _cost_rows(teacher: Figures, student: Figures) -> Iterable[tuple[str, str, s
         yield f"latency, {where}", *times, percent(theirs.median, ours.median)
 
 
-def _fidelity_rows(fidelity: Fidelity | None) -> Iterable[tuple[str, str, str, str]]:
+def _fidelity_rows(fidelity: Fidelity | None) -> Iterable[tuple[tuple[str, str], tuple[str, str, str, str]]]:
+    """Yield rows, each with what it is of: names of outputs may be cut alike."""
     if fidelity is None:
         return
     drop = fidelity.drop
@@ -108,15 +110,16 @@ def _fidelity_rows(fidelity: Fidelity | None) -> Iterable[tuple[str, str, str, s
     lost = {"accuracy": "", "agreement": ""} | ({} if drop is None else {drop.of: change})
     if fidelity.accuracy_teacher is not None and fidelity.accuracy_student is not None:
         answers = f"{fidelity.accuracy_teacher:.2f} %", f"{fidelity.accuracy_student:.2f} %"
-        yield "accuracy", *answers, lost["accuracy"]
+        yield ("accuracy", ""), ("accuracy", *answers, lost["accuracy"])
     if fidelity.top1_agreement is not None:
-        yield "agreement", "", f"{fidelity.top1_agreement:.2f} %", lost["agreement"]
+        yield ("agreement", ""), ("agreement", "", f"{fidelity.top1_agreement:.2f} %", lost["agreement"])
     if drop is not None:
         bounds = f"{drop.low:.1f} to {drop.high:.1f}"
-        yield f"drop, {100 * drop.confidence:g} % sure", "", bounds, "points"
+        yield ("drop", ""), (f"drop, {100 * drop.confidence:g} % sure", "", bounds, "points")
     for output in fidelity.outputs[:3]:
         if output.relative_l2 is not None:
-            yield f"error of {shorten(output.name, 16)}", "", f"{output.relative_l2:.4f}", "relative L2"
+            name = shorten(output.name, 16)
+            yield ("error", output.name), (f"error of {name}", "", f"{output.relative_l2:.4f}", "relative L2")
 
 
 def tries(console: Console, found: Sequence[Try]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,6 @@ def judged(
             confidence=job.gate.confidence or CONFIDENCE,
             **how,
         )
-        before = None if job.student is None else _before(job, held_out, how)
         # Stamped with what it was found to be worth, so that the file judged is to the byte the file delivered.
         add_metadata(student, _worth(fidelity))
         write_proto(student, candidate, external=job.external_data)
@@ -122,28 +121,31 @@ def judged(
         )
         if report.exit_code not in (0, 3):
             raise VerifyError("; ".join(report.reasons))
+    before = None if job.student is None else _before(job, job.student, held_out, how, heard)
     found = {"layers": tuple(layers), "warnings": (*heard, *report.warnings), "given": before}
     return Judged(student, report.model_copy(update=found))
 
 
-def _before(job: Job, held_out: Shots, how: Mapping[str, Any]) -> Fidelity | None:
+def _before(job: Job, student: Path, held_out: Shots, how: Mapping[str, Any], heard: Sequence[str]) -> Fidelity | None:
     """Return how a given student answers before the refit; None, and a warning, where that cannot be compared."""
-    assert job.student is not None, "there is one"
     log: Log = how["log"]
+    known = set(heard)
 
     def told(event: Event) -> None:
-        # What is amiss with the samples is told of the refitted student.
+        # What is amiss with the samples was said of the refitted student.
         if event.level != "warning":
             log(event)
+        elif event.text not in known:
+            log(replace(event, text=f"the given student, before it was refitted: {event.text}"))
 
     generator = np.random.default_rng(job.seed)
     confidence = job.gate.confidence or CONFIDENCE
     try:
         found = compare(
-            job.model, job.student, held_out, generator=generator, confidence=confidence, **{**how, "log": told}
+            job.model, student, held_out, generator=generator, confidence=confidence, **{**how, "log": told}
         )
     except VerifyError as error:
-        log(Event("verify", f"the given student, before it was refitted: {error}", level="warning"))
+        told(Event("verify", str(error), level="warning"))
         return None
     return found.model_copy(update={"worst": ()})
 

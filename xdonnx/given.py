@@ -92,7 +92,13 @@ def matched(
     if by is not None:
         given = given_by(by, (teacher, net), (fingerprint(files[0]), fingerprint(files[1])))
     log(Event("match", "Match its layers with the teacher's"))
-    found = match(side(teacher, inputs), side(net, inputs), given)
+    sides = []
+    for file, one in zip(files, (teacher, net), strict=True):
+        try:
+            sides.append(side(one, inputs))
+        except ModelError as error:
+            raise ModelError(f"'{file}': {error}") from error
+    found = match(sides[0], sides[1], given)
     why = "is like no layer of the teacher" if by is None else f"is matched with none in '{by}'"
     for name in found.alone:
         log(Event("match", f"'{name}' of the student {why}: left as it is.", level="warning"))

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from xdonnx.errors import ShotsError
+from xdonnx.errors import ModelError, ShotsError
 from xdonnx.graph import Net
 from xdonnx.layers import Layer
 from xdonnx.runtime import answer, open_session
@@ -69,6 +69,8 @@ def outputs_of(net: Net, inputs: Mapping[str, Array], batch: int = 8) -> dict[st
     ------
     ShotsError
         The samples do not fill one batch.
+    ModelError
+        A layer puts out what is not finite.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(ir.to_proto(net.model))
@@ -85,7 +87,13 @@ def outputs_of(net: Net, inputs: Mapping[str, Array], batch: int = 8) -> dict[st
         feed = {name: values[start : start + size] for name, values in inputs.items()}
         made = answer(session, feed, list(net.layers))
         for name, layer in net.layers.items():
-            found[name].append(_looked_at(layer, made[name]))
+            seen = _looked_at(layer, made[name])
+            if not np.isfinite(seen).all():
+                raise ModelError(
+                    f"layer '{name}' puts out numbers that are not finite for these samples.\n"
+                    "  Check the file, and --preset, --scale, --mean and --std."
+                )
+            found[name].append(seen)
     return {name: _standard(np.concatenate(parts, axis=1)) for name, parts in found.items()}
 
 

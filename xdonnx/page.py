@@ -48,6 +48,7 @@ def page(report: Report) -> str:
     )
     judged = bool(report.gates) or report.status != "passed"
     whole = _whole(report.layers)
+    rows = _rows(report)
     return templates.get_template("report.html").render(
         report=report,
         word={"passed": "Passed" if judged else "Done", "rejected": "Rejected", "failed": "Failed"}[report.status],
@@ -58,7 +59,8 @@ def page(report: Report) -> str:
         when=_when(report.started),
         tiles=list(_tiles(report)),
         gates=[_gate(report, gate) for gate in report.gates],
-        rows=_rows(report),
+        rows=rows,
+        given=any(row["given"] for row in rows),
         samples=_samples(report),
         layers=[_layer(layer) for layer in report.layers],
         plot=plot(report.layers) if report.layers else None,
@@ -98,7 +100,7 @@ def _percent(after: float, before: float) -> str:
 
 def _tiles(report: Report) -> Iterator[dict[str, str]]:
     """Yield the few numbers that matter most."""
-    teacher, student, fidelity = report.teacher, report.student, report.fidelity
+    teacher, student, fidelity, given = report.teacher, report.student, report.fidelity, report.given
 
     def tile(label: str, value: str, detail: str) -> dict[str, str]:
         return {"label": label, "value": value, "detail": detail}
@@ -113,17 +115,22 @@ def _tiles(report: Report) -> Iterator[dict[str, str]]:
     if fidelity is None:
         return
     if fidelity.accuracy_teacher is not None and fidelity.accuracy_student is not None:
-        given = report.given and report.given.accuracy_student
-        before = "" if given is None else f", as given {given:.2f} %"
+        before = "" if given is None or given.accuracy_student is None else f", as given {given.accuracy_student:.2f} %"
         detail = f"teacher {fidelity.accuracy_teacher:.2f} %{before}"
         yield tile("accuracy", f"{fidelity.accuracy_student:.2f} %", detail)
     elif fidelity.top1_agreement is not None:
-        yield tile("agreement", f"{fidelity.top1_agreement:.2f} %", "with the teacher")
-    elif errors := [output.relative_l2 for output in fidelity.outputs if output.relative_l2 is not None]:
-        yield tile("worst error", f"{max(errors):.4f}", "relative L2")
+        before = "" if given is None or given.top1_agreement is None else f", as given {given.top1_agreement:.2f} %"
+        yield tile("agreement", f"{fidelity.top1_agreement:.2f} %", f"with the teacher{before}")
+    elif errors := _errors(fidelity):
+        was = _errors(given) if given else []
+        yield tile("worst error", f"{max(errors):.4f}", "relative L2" + (f", as given {max(was):.4f}" if was else ""))
     if fidelity.drop:
         drop = fidelity.drop
         yield tile("drop", f"{drop.value:.2f} points", f"{drop.low:.2f} to {drop.high:.2f}")
+
+
+def _errors(fidelity: Fidelity) -> list[float]:
+    return [output.relative_l2 for output in fidelity.outputs if output.relative_l2 is not None]
 
 
 def _gate(report: Report, gate: GateResult) -> dict[str, Any]:
@@ -343,8 +350,8 @@ def _weights(layers: Sequence[LayerResult]) -> str:
         return ""
     counts = (f"{weight:g} in {count} layer{'s' * (count != 1)}" for weight, count in found.most_common())
     return (
-        "Weight of the pool in the fit of a layer, where all samples together have 1, chosen by folds of the samples "
-        f"where these were made: {', '.join(counts)}."
+        f"Weight of the pool in the refit of a layer, where all samples together have 1: {', '.join(counts)}. Folds of "
+        "the samples chose it where these were made; what goes was chosen before that, with the pool."
     )
 
 

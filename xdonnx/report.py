@@ -221,7 +221,7 @@ class LayerResult(BaseModel):
     objective_before: float | None = None
     objective_after: float | None = None
     seconds: float | None = None
-    pool_weight: float | None = Field(default=None, description="of the pool in its fit; that of all samples is 1")
+    pool_weight: float | None = Field(default=None, description="of the pool in its refit; that of all samples is 1")
     note: str = ""
 
 

@@ -10,7 +10,7 @@ from xdonnx.strict import STRICT
 
 # What a score sums, in words; each is lower for what looks more like the images that the teacher learned from.
 INDICATORS: Mapping[str, str] = {
-    "mp": "how unsure the teacher is: 1 minus the probability of its first class",
+    "mp": "how unsure the teacher is: 1 minus the probability of the class it predicts",
     "h": "how spread its answer is: the entropy of the probabilities",
     "t1000": "as mp, with logits divided by 1,000",
     "dms": "squared distance of the means of channels from those in training, by BatchNormalization",
@@ -18,9 +18,9 @@ INDICATORS: Mapping[str, str] = {
     "dss_ext": "share of channels whose variance chance does not explain",
     "aos": "mean square of what BatchNormalization puts out, before its scale and shift",
     "norm": "minus the length of the features that the last linear layer reads",
-    "act": "minus the score of the first class, before its bias",
-    "proj": "as act, divided by the length of the weights of that class",
-    "ang": "1 minus the cosine between the features and the weights of the first class",
+    "act": "minus the score of the class it predicts, before the bias",
+    "proj": "as act, divided by the length of that class's weights",
+    "ang": "1 minus the cosine between the features and that class's weights",
 }
 
 

@@ -103,12 +103,14 @@ def _as_given(report: Report) -> list[str]:
     if given is None:
         return []
     errors = [output.relative_l2 for output in given.outputs if output.relative_l2 is not None]
+    equal = [output.agreement for output in given.outputs if output.agreement is not None]
     parts = [
         *([] if given.accuracy_student is None else [f"accuracy {given.accuracy_student:.2f} %"]),
         *([] if given.top1_agreement is None else [f"agreement {given.top1_agreement:.2f} %"]),
         *([f"relative L2 {max(errors):.6f}"] if errors else []),
+        *([f"equal elements {min(equal):.2f} %"] if equal else []),
     ]
-    return [_row("as given, before the refit", "", ", ".join(parts), "")]
+    return [_row("as given, before the refit", "", ", ".join(parts), "")] if parts else []
 
 
 def _worst_layers(layers: Iterable[LayerResult]) -> list[str]:

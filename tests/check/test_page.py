@@ -246,8 +246,7 @@ def test_both_ends_of_a_pool_are_shown_whatever_its_images_are_called() -> None:
         "lower is more related",
         "What a score sums Each is measured from what uniform noise scores",
         f"mp {INDICATORS['mp']} dms {INDICATORS['dms']}",
-        "where all samples together have 1, chosen by folds of the samples where these were made: "
-        "0.3 in 3 layers, 0 in 1 layer, 1 in 1 layer.",
+        "where all samples together have 1: 0.3 in 3 layers, 0 in 1 layer, 1 in 1 layer. Folds of the samples chose it",
     ):
         assert words in found.text, words
     assert INDICATORS["ang"] not in found.text

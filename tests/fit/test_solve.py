@@ -114,6 +114,24 @@ def test_where_the_minimum_is_not_unique_refit_takes_the_nearest():
     torch.testing.assert_close(found, torch.tensor([[[3.0, 1.0]]], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_two_inputs_that_are_all_but_equal_do_not_send_weights_far_away(seed):
+    # Often Cholesky gets through such a system, and what it then finds is noise.
+    generator = torch.Generator().manual_seed(seed)
+    x, apart = (torch.randn(1, 20, 60, dtype=torch.float64, generator=generator) for _ in range(2))
+    x[:, -1] = x[:, 0] + 1e-9 * apart[:, 0]
+    hess = x @ x.mT / 60
+    best = torch.randn(1, 3, 20, dtype=torch.float64, generator=generator)
+    start = best.clone()
+    start[..., 0] += 1
+    start[..., -1] -= 1
+
+    found = refit(Quadratic(hess, best @ hess, ((best @ hess) * best).sum((1, 2))), torch.ones_like(best).bool(), start)
+
+    # Both have the same error; the nearest to the start is the start.
+    torch.testing.assert_close(found, start, rtol=0, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------------ PGD
 
 

@@ -26,6 +26,7 @@ from xdonnx.methods.cross import Cross
 from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.patch import Patch, cut
 from xdonnx.pool import Pool
+from xdonnx.resuming import staged
 from xdonnx.runtime import answer, open_session
 from xdonnx.shots import Shots
 
@@ -170,8 +171,24 @@ def test_traces_tell_the_weight_of_the_pool_and_a_job_that_goes_on_tells_the_sam
     assert {weight for weight in found if weight is not None} <= set(layerwise.SHARES) and any(found)
     assert found == weights(pool, journal=open_journal(tmp_path / "j", {}, resume=True))
     # Without folds nothing is chosen; and what nobody looked at has no weight.
-    assert set(weights(pool, effort="fast")) <= {layerwise.SHARES[0], None}
+    assert weights(pool, effort="fast") == [weight if weight is None else layerwise.SHARES[0] for weight in found]
     assert set(weights(None)) == {None}
+
+
+def test_a_method_that_an_earlier_run_finished_tells_the_weight_of_the_pool_too(net: Net, tmp_path: Path) -> None:
+    shots, pool = shots_of(net, 9, 1), Pool(shots_of(net, 60, 2))
+    bench = Bench(convert(net, torch.device("cpu")), torch.Generator().manual_seed(0), pool=pool)
+    plan = make_plan(net, Budget("keep", 0.5))
+    journal = open_journal(tmp_path / "j", {}, resume=False)
+
+    made = staged(0, Cross(), net, Patch(), shots, plan, bench, journal)
+
+    def never(*_: Any) -> Outcome:
+        raise AssertionError("it was made before")
+
+    recalled = staged(0, never, net, Patch(), shots, plan, bench, journal)
+    assert [trace.pool for trace in recalled.traces] == [trace.pool for trace in made.traces]
+    assert any(trace.pool for trace in recalled.traces)
 
 
 def test_layers_too_dear_for_moments_are_fitted_on_the_pool_too(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +198,10 @@ def test_layers_too_dear_for_moments_are_fitted_on_the_pool_too(net: Net, monkey
     made = outcome(net, shots, pool)
 
     assert gap(net, made.patch) < 0.95 * gap(net, fitted(net, shots, None))
-    assert {trace.pool for trace in made.traces} == {layerwise.SHARES[0], None}
+    # Layers that read and lose nothing that differs are left alone.
+    fitted_ones = [trace.pool for trace in made.traces if trace.objective_before]
+    assert len(fitted_ones) > 1 and set(fitted_ones) == {layerwise.SHARES[0]}
+    assert {trace.pool for trace in made.traces if not trace.objective_before} == {None}
 
 
 def test_layers_too_wide_for_moments_do_without_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
