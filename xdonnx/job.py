@@ -156,15 +156,7 @@ def _made(job: Job, ready: Prepared, shop: Workshop, log: Log) -> Judged:
         student, layers = refitted(job.methods(), net, ready.given, fit, bench)
         stamp(student, job)
         return _judged(job, ready, student, layers, heard, shop.command, log)
-    outcome = Outcome(Patch())
-    methods = job.methods()
-    trains = [getattr(method, "follows", False) for method in methods]
-    judges = set_apart(len(fit), net.batch, job.seed) if any(trains) else ()
-    others = fit.take(np.setdiff1d(np.arange(len(fit)), judges)) if judges else fit
-    for at, (method, last) in enumerate(zip(methods, trains, strict=True)):
-        seen, own = (fit, replace(bench, judges=judges)) if last else (others, bench)
-        found = staged(at, method, net, outcome.patch, seen, ready.plan, own, shop.journal)
-        outcome = Outcome(found.patch, (*outcome.traces, *found.traces))
+    outcome = _chained(job, ready, bench, shop.journal)
     note(Event("cut", "Cut the graph"))
     student = cut(net, outcome.patch)
     check_interface(net.source, student)
@@ -175,6 +167,30 @@ def _made(job: Job, ready: Prepared, shop: Workshop, log: Log) -> Judged:
     stamp(student, job)
     layers = layer_results(net, outcome, job.structure, residual=job.residual or job.plan is not None)
     return _judged(job, ready, student, layers, heard, shop.command, log)
+
+
+def _chained(job: Job, ready: Prepared, bench: Bench, journal: Journal) -> Outcome:
+    """Let the methods of a job follow each other."""
+    net, fit, methods = ready.net, ready.fit, job.methods()
+    trains = [getattr(method, "follows", False) for method in methods]
+    judges = set_apart(len(fit), net.batch, job.seed) if any(trains) else ()
+    others = fit.take(np.setdiff1d(np.arange(len(fit)), judges)) if judges else fit
+    outcome, gained = Outcome(Patch()), False
+    for at, (method, last) in enumerate(zip(methods, trains, strict=True)):
+        seen, own = (fit, replace(bench, judges=judges)) if last else (others, bench)
+        found = staged(at, method, net, outcome.patch, seen, ready.plan, own, journal)
+        gained = gained or (last and not found.patch.same(outcome.patch))
+        outcome = Outcome(found.patch, (*outcome.traces, *found.traces))
+    if not judges or gained:
+        return outcome
+    # Judges were spared for a training that brought nothing: without it, all samples may fit.
+    bench.log(Event("fit", "Fit the layers again, on all samples"))
+    outcome = Outcome(Patch())
+    again = replace(bench, generator=torch.Generator().manual_seed(job.seed))
+    for at, method in enumerate(method for method, last in zip(methods, trains, strict=True) if not last):
+        found = staged(at, method, net, outcome.patch, fit, ready.plan, again, journal.under("all"))
+        outcome = Outcome(found.patch, (*outcome.traces, *found.traces))
+    return outcome
 
 
 def _judged(

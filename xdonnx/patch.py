@@ -37,6 +37,15 @@ class Patch:
         """Return this patch with more changes; later tensors replace earlier ones."""
         return Patch({**self.tensors, **tensors}, self.drop | {int(label) for label in drop})
 
+    def same(self, other: Patch) -> bool:
+        """Whether it makes the very same changes."""
+        mine, theirs = self.tensors, other.tensors
+        return (
+            self.drop == other.drop
+            and mine.keys() == theirs.keys()
+            and all(array is theirs[name] or np.array_equal(array, theirs[name]) for name, array in mine.items())
+        )
+
 
 def kept(net: Net, patch: Patch) -> np.ndarray:
     """Return a boolean per label: whether its channel stays."""

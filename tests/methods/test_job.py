@@ -16,6 +16,8 @@ from xdonnx.events import Event
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
 from xdonnx.job import run
+from xdonnx.methods.cross import Cross
+from xdonnx.methods.layerwise import Outcome
 from xdonnx.model import file_bytes, fingerprint, interface, read_proto
 from xdonnx.page import page
 from xdonnx.paths import rejected_path
@@ -161,6 +163,38 @@ def test_methods_chain(tmp_path: Path) -> None:
     assert report.fidelity and alone.fidelity
     chained, single = report.fidelity.outputs[0].relative_l2, alone.fidelity.outputs[0].relative_l2
     assert chained is not None and single is not None and chained < single
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_where_training_brings_nothing_all_samples_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, effort: str
+) -> None:
+    monkeypatch.setattr("xdonnx.methods.tune.train", lambda net, patch, *_: Outcome(patch))
+    told: list[str] = []
+
+    def note(event: Event) -> None:
+        told.append(event.text)
+
+    for name, methods in (("alone", ("cross",)), ("chained", ("cross", "tune"))):
+        run(job(tmp_path, out=tmp_path / f"{name}.onnx", method=methods, preset_effort=effort, per_class=6), note)
+        assert told.count("Fit the layers again, on all samples") == (name == "chained")
+
+    alone, chained = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("alone", "chained"))
+    assert alone.initializer == chained.initializer
+
+
+def test_judges_are_spared_where_training_brings_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[int] = []
+
+    def spy(self: Cross, net: Any, patch: Any, shots: Any, plan: Any, bench: Any) -> Outcome:
+        fitted.append(len(shots))
+        return fit(self, net, patch, shots, plan, bench)
+
+    fit = Cross.__call__
+    monkeypatch.setattr(Cross, "__call__", spy)
+    run(job(tmp_path, method=("cross", "tune"), keep=0.4, steps=60, preset_effort="balanced", per_class=6))
+
+    assert fitted == [54]
 
 
 def test_progress_names_every_layer_once_in_order(tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ class _Run:
         made, error = self._descend(begin, rate, self.plan.steps, checks=_CHECKS)
         text = f"{self.judged_by} loss {before:.4g} -> {error:.4g} at rate {rate:g}"
         if not error < before:
-            text = f"training made nothing better ({text}): the student stays as the method before left it."
+            text = f"training made nothing better ({text}): the student stays as it was before."
             self.log(Event("tune", text, level="warning"))
             return Outcome(self.start)
         self.log(Event("tune", text))
