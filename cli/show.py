@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xdonnx.figures import amount
-from xdonnx.gate import STRICT, heavy_loss
+from xdonnx.gate import heavy_loss, limited
 from xdonnx.report import Fidelity, Figures, GateResult, LayerResult, Report, gate_line, gist, preset_of
 from xdonnx.tries import Try, tried
 from xdonnx_cli.terminal import beside, bullets, heading, percent, plain_table, room, say, shorten, shortened
@@ -53,7 +53,7 @@ def show(console: Console, report: Report, *, written: Sequence[Path] = (), quie
 def verdict(console: Console, report: Report) -> None:
     """Print what came of it in a line, and why where it is not good."""
     # Without a limit nothing was passed: a green word would say more than is known.
-    judged = any(gate.name not in STRICT for gate in report.gates) or report.status != "passed"
+    judged = limited(report)
     line = Text(report.status.upper() if judged else "DONE", _COLOURS[report.status] if judged else "bold")
     line.append(f"  {gist(report)}{'' if judged else '; no limit was set'}", "default not bold")
     if heavy_loss(report.fidelity, [gate.name for gate in report.gates]):

@@ -32,9 +32,9 @@ ROWS = [
     },
     {"moments", "tries", "descent"},
     {"runtime", "report", "paths", "draw", "images", "labels", "cost", "connection", "operators", "removal"},
-    {"layers", "reshaping", "sources", "stem", "feeds", "solve", "contributions", "worst", "summary", "junit", "plot"},
-    {"rows", "tensors"},
-    {"rules", "gate", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
+    {"layers", "reshaping", "sources", "stem", "feeds", "solve", "contributions", "worst", "gate", "junit", "plot"},
+    {"rows", "tensors", "summary"},
+    {"rules", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
     {"graph", "verification", "memory", "publication", "direct", "pool"},
     {
         "patch",

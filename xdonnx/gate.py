@@ -90,7 +90,7 @@ _SUREST = 0.999999
 _NO_CLASSES = (
     "gate max_drop: no output classifies, so there is no accuracy and no agreement to lose.\n  Set max_error instead."
 )
-_LESS = "remove less, give more samples, or try --preset-effort best"
+CLOSER = "remove less, or give more samples; the most accurate is --method cross --preset-effort best"
 _NO_NUMBERS = "gate max_error: no output of floating-point numbers was compared.\n  Set max_drop, or leave it out."
 # Quartiles of few runs are themselves uncertain: with r runs they are moved out by the factor 1 + 10 / r. And so many
 # milliseconds more are no slowdown that anyone meets: in models this small the call itself and the layout that
@@ -233,6 +233,11 @@ def verdict(
     }
 
 
+def limited(report: Report) -> bool:
+    """Whether a limit that somebody set was judged, or the job failed: without either nothing was passed."""
+    return report.status != "passed" or any(gate.name not in STRICT for gate in report.gates)
+
+
 def heavy_loss(fidelity: Fidelity | None, limits: Collection[str]) -> tuple[str, ...]:
     """Return a warning where a student surely lost much and no limit was set on that; else nothing.
 
@@ -250,12 +255,12 @@ def heavy_loss(fidelity: Fidelity | None, limits: Collection[str]) -> tuple[str,
             return ()
         sure = f"at least {drop.low:.1f} ({100 * drop.confidence:g} % confidence)"
         lost = f"the student lost {drop.value:.2f} points of {drop.of}, {sure}"
-        return (f"{lost}, and no limit was set: --max-drop 1 rejects such a student; {_LESS}",)
+        return (f"{lost}, and no limit was set: --max-drop 1 rejects such a student; {CLOSER}",)
     worst = max((output.low or 0.0 for output in fidelity.outputs), default=0.0)
     if worst < _FAR:
         return ()
     lost = f"the student's answers are off by at least {100 * worst:.0f} % (relative L2)"
-    return (f"{lost}, and no limit was set: --max-error 0.1 rejects such a student; {_LESS}",)
+    return (f"{lost}, and no limit was set: --max-error 0.1 rejects such a student; {CLOSER}",)
 
 
 def _reason(gate: GateResult, fidelity: Fidelity | None, confidence: float | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from xdonnx.figures import amount
+from xdonnx.gate import heavy_loss, limited
 from xdonnx.plot import curve, error_text, plot
 from xdonnx.report import (
     AT_LEAST,
@@ -46,7 +47,8 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    judged = bool(report.gates) or report.status != "passed"
+    # Without a limit nothing was passed: a green word would say more than is known.
+    judged = limited(report)
     whole = _whole(report.layers)
     rows = _rows(report)
     return templates.get_template("report.html").render(
@@ -54,6 +56,7 @@ def page(report: Report) -> str:
         word={"passed": "Passed" if judged else "Done", "rejected": "Rejected", "failed": "Failed"}[report.status],
         tone={"passed": "passed" if judged else "plain"}.get(report.status, "failed"),
         judged=judged,
+        lost=bool(heavy_loss(report.fidelity, [gate.name for gate in report.gates])),
         gist=gist(report),
         title=_title(report),
         when=_when(report.started),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from xdonnx.gate import CLOSER, heavy_loss, limited
 from xdonnx.report import LayerResult, Report, gate_figures, judged_by
 from xdonnx.tries import tried
 
@@ -12,12 +13,11 @@ from xdonnx.tries import tried
 _MARKS = re.compile(r"[\\|<>&`*\[\]~]|(?<![^\W_])_|_(?![^\W_])")
 
 _LINES = 60
-_CLOSER = "remove less, give more samples, or try --preset-effort best"
 _QUICKER = "time both again where nothing else runs: xdonnx bench; --round-to 8 keeps widths that are fast"
 # What to try where a limit was broken.
 _NEXT = {
-    "max_drop": _CLOSER,
-    "max_error": _CLOSER,
+    "max_drop": CLOSER,
+    "max_error": CLOSER,
     "min_shrink": "remove more, as by --macs 30%",
     "smaller": "remove more, as by --macs 30%",
     "removed": "see what may go: xdonnx inspect",
@@ -29,7 +29,10 @@ _NEXT = {
 def summary(report: Report) -> str:
     """Return the report as Markdown of at most 60 lines."""
     where = f"{report.device}, seed {report.seed}, {report.seconds:.1f} s, xdonnx {report.tool.version}"
-    lines = [f"# xdonnx: {_models(report)}{report.status} (exit code {report.exit_code})", "", where, ""]
+    status = report.status if limited(report) else "done, no limit was set"
+    lines = [f"# xdonnx: {_models(report)}{status} (exit code {report.exit_code})", "", where, ""]
+    if heavy_loss(report.fidelity, [gate.name for gate in report.gates]):
+        lines += ["**Much is lost**, see the warnings.", ""]
     lines += _bullets(report.reasons, 6)
     broken = [gate.name for gate in report.gates if gate.level == "fail" and not gate.passed]
     steps = dict.fromkeys(_NEXT[name] for name in broken if name in _NEXT)

@@ -93,7 +93,7 @@ def chosen(listed: Sequence[Run], given: argparse.Namespace) -> list[Run]:
     ):
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in names):
-                choices = ", ".join(dict.fromkeys(names))
+                choices = ", ".join(f"'{name}'" for name in dict.fromkeys(names))
                 raise JobError(f"{flag} '{pattern}' matches nothing in '{given.table.name}'.\n  Choices: {choices}.")
     kept = [
         run
@@ -193,6 +193,7 @@ def start(words: Sequence[str]) -> int:
         given.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MachineError(f"cannot make '{given.out}': {error.strerror}.\n  Name another folder: -o DIR") from error
+    known = sum(run.key in records for run in picked)
     waiting = [] if given.draw else [run for run in picked if run.key not in records]
     try:
         failed = perform(waiting, records, path, given.jobs)
@@ -201,7 +202,7 @@ def start(words: Sequence[str]) -> int:
         _say(f"interrupted: {done} of {len(picked)} runs are done, in '{path}'.\n  The same command does the rest.")
         return INTERRUPTED
     draw(table, listed, records, given.out)
-    _say(f"{len(waiting)} runs taken, {len(picked) - len(waiting)} were there.")
+    _say(f"{len(waiting)} runs taken, {known} were there.")
     if failed:
         _say(f"error: {failed} runs failed, and are tried again next time; see the notes above.")
     return 1 if failed else 0

@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 import pytest
 from reports import PIXEL, full_report, gate, layer, shot
 
+from xdonnx.gate import limited
 from xdonnx.page import page
 from xdonnx.report import Fidelity, LayerResult, OutputError, Report
 from xdonnx.sheet import INDICATORS, PoolImage, PoolSheet
+from xdonnx.summary import summary
 
 # Elements that have no end tag.
 VOID = {"meta", "link", "img", "br"}
@@ -211,9 +213,26 @@ def test_two_hundred_layers_take_less_than_a_second_and_three_megabytes() -> Non
 def test_a_page_of_any_report_is_whole(changes: dict) -> None:
     report = full_report(**changes)
     text = Reader(page(report)).text
-    judged = report.gates or report.status != "passed"
+    judged = limited(report)
     assert {"passed": "Passed" if judged else "Done", "failed": "Failed", "rejected": "Rejected"}[report.status] in text
     assert "nan" not in text.lower().split() and "None" not in text
+
+
+@pytest.mark.parametrize(("low", "lost"), [(40.0, True), (-3.1, False)])
+def test_no_form_says_passed_where_no_limit_was_set_and_all_say_when_much_is_lost(low: float, lost: bool) -> None:
+    fidelity = full_report().fidelity
+    worse = fidelity.model_copy(update={"drop": fidelity.drop.model_copy(update={"value": 60.0, "low": low})})
+    asked = tuple(gate(name, value=0.5, bound=0.5, limit=1.0, passed=True) for name in ("smaller", "removed"))
+    report = full_report(status="passed", exit_code=0, reasons=(), gates=asked, fidelity=worse)
+
+    drawn, text = Reader(page(report)).text, summary(report)
+
+    assert "Done" in drawn.split()[:4] and "No limit was set on what may be lost" in drawn
+    assert "done, no limit was set (exit code 0)" in text.splitlines()[0]
+    assert ("Much is lost" in drawn) == ("**Much is lost**" in text) == lost
+    limit = gate("max_drop", value=60.0, bound=60.0, limit=99.0, passed=True)
+    passed = report.model_copy(update={"gates": (*asked, limit)})
+    assert "No limit was set" not in Reader(page(passed)).text and "passed (exit code 0)" in summary(passed)
 
 
 def test_both_ends_of_a_pool_are_shown_whatever_its_images_are_called() -> None:

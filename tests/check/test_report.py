@@ -253,7 +253,9 @@ def test_a_summary_says_which_models_and_what_to_try_next() -> None:
     )
     text = summary(full_report(files=pair))
     assert text.startswith("# xdonnx: teacher.onnx → my\\|student.onnx: rejected (exit code 3)\n")
-    assert "Next: remove less, give more samples, or try --preset-effort best.\n" in text
+    assert (
+        "Next: remove less, or give more samples; the most accurate is --method cross --preset-effort best.\n" in text
+    )
     assert "Next:" not in summary(full_report(status="passed", exit_code=0))
 
 

@@ -235,8 +235,8 @@ def test_a_student_at_chance_level_is_the_first_of_the_warnings_unless_a_limit_s
     assert report.status == "passed" and drop.low > 5
     assert report.warnings[0] == (
         f"the student lost {drop.value:.2f} points of accuracy, at least {drop.low:.1f} (95 % confidence), and no "
-        "limit was set: --max-drop 1 rejects such a student; remove less, give more samples, or try "
-        "--preset-effort best"
+        "limit was set: --max-drop 1 rejects such a student; remove less, or give more samples; the most accurate is "
+        "--method cross --preset-effort best"
     )
     assert not [line for line in judged(tiny.classifier(), ruined, shots, Gate(max_drop=99)).warnings if "lost" in line]
     assert not [line for line in judged(tiny.classifier(), tiny.classifier(), shots).warnings if "lost" in line]
