@@ -123,9 +123,9 @@ def compare(
     -------
     Fidelity
         Top-1 figures where some output classifies: the first of floating-point numbers that is (N, C) or (N,
-        C, 1, 1) with at least two classes. With labels the drop is that of the accuracy, unless the teacher is hardly
-        better than chance and so has no accuracy to lose: then it is that of the agreement. The worst samples are
-        gathered on the way.
+        C, 1, 1) with at least two classes, with labels the first that has all of theirs. With labels the drop is that
+        of the accuracy, unless the teacher is hardly better than chance and so has no accuracy to lose: then it is
+        that of the agreement. The worst samples are gathered on the way.
 
     Raises
     ------
@@ -152,7 +152,7 @@ def compare(
         rows = len(next(iter(feed.values())))
         ours, theirs = answer(left, feed, names), answer(right, feed, names)
         if start == 0:
-            classes = next((name for name in names if _classifies(ours[name], rows)), None)
+            classes = _classifier(ours, rows, labels)
         for name in names:
             pieces[name].append(_piece(name, ours[name], theirs[name], rows))
         scores = None
@@ -167,7 +167,9 @@ def compare(
     found = _classified(np.concatenate(top, axis=1), labels, count, confidence, log) if top else {}
     ids, words = (shots.ids, shots.classes) if isinstance(shots, Named) else (None, None)
     worst = described(cases, labels, ids, words)
-    return Fidelity(samples=samples, held_out=held_out, outputs=tuple(outputs), worst=worst, **found)
+    return Fidelity(
+        samples=samples, held_out=held_out, outputs=tuple(outputs), worst=worst, classifier=classes, **found
+    )
 
 
 def fixed_batch(ports: Iterable[Any], shots: Samples) -> int | None:
@@ -238,6 +240,13 @@ def _classifies(output: object, rows: int) -> bool:
     )
 
 
+def _classifier(found: Mapping[str, Any], rows: int, labels: Array | None) -> str | None:
+    """Return the output whose top-1 is compared: with labels the first that has a score for each of them."""
+    names = [name for name, output in found.items() if _classifies(output, rows)]
+    enough = [name for name in names if labels is not None and found[name].shape[1] > labels.max()]
+    return next(iter(enough or names), None)
+
+
 def _sample_errors(pieces: Iterable[_Piece | None], rows: int) -> Array:
     """Return the relative L2 of each sample's worst output, (rows,); infinite where the teacher's is zero."""
     worst = np.zeros(rows)
@@ -294,7 +303,7 @@ def check_classes(labels: Array, classes: int) -> None:
     if labels.min() < 0 or labels.max() >= classes:
         raise ShotsError(
             f"labels run from {labels.min()} to {labels.max()}, the model's classes to {classes - 1}.\n"
-            "  Check which labels belong to this model."
+            "  Check which labels belong to this model, or give the samples without labels."
         )
 
 
@@ -310,10 +319,10 @@ def kinds(session: ort.InferenceSession, shots: Samples) -> Kinds:
     """
     rows = fixed_batch(session.get_inputs(), shots) or min(2, _free_batch(session, shots))
     found = answer(session, {name: values[:rows] for name, values in shots.inputs.items()})
-    scores = next((output for output in found.values() if _classifies(output, rows)), None)
+    name = _classifier(found, rows, None if shots.labels is None else np.asarray(shots.labels))
     tensors = {name: output for name, output in found.items() if isinstance(output, np.ndarray)}
     return Kinds(
-        classes=None if scores is None else scores.shape[1],
+        classes=None if name is None else found[name].shape[1],
         floating=tuple(name for name, output in tensors.items() if output.dtype.kind == "f"),
         odd=tuple(name for name in found if name not in tensors),
     )

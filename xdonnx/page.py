@@ -229,10 +229,14 @@ def _rows(report: Report) -> list[dict[str, Any]]:
 def _fidelity_rows(fidelity: Fidelity | None, most: int | None = _OUTPUTS) -> Iterator[dict[str, Any]]:
     if fidelity is None:
         return
+    several = len(fidelity.outputs) > 1 and fidelity.classifier
+    whose = {"about": f"of '{fidelity.classifier}'"} if several else {}
     if fidelity.accuracy_teacher is not None and fidelity.accuracy_student is not None:
-        yield _row("top-1 accuracy", f"{fidelity.accuracy_teacher:.2f} %", f"{fidelity.accuracy_student:.2f} %")
+        yield _row(
+            "top-1 accuracy", f"{fidelity.accuracy_teacher:.2f} %", f"{fidelity.accuracy_student:.2f} %", **whose
+        )
     if fidelity.top1_agreement is not None:
-        yield _row("top-1 agreement", "", f"{fidelity.top1_agreement:.2f} %")
+        yield _row("top-1 agreement", "", f"{fidelity.top1_agreement:.2f} %", **whose)
     if drop := fidelity.drop:
         sure = f"{drop.low:.2f} to {drop.high:.2f} at {100 * drop.confidence:g} % confidence"
         # Without labels nothing can be gained.

@@ -173,9 +173,8 @@ class Fidelity(BaseModel):
     drop: Drop | None = None
     smallest_drop: float | None = Field(None, description="points that so many samples can tell from none")
     outputs: tuple[OutputError, ...]
-    fit_error: float | None = Field(
-        None, description="relative L2 of the worst output on samples that fitted; None where none did"
-    )
+    classifier: str | None = Field(None, description="the output whose top-1 is compared")
+    fit_error: float | None = Field(None, description="relative L2 of the worst output on samples that fitted")
     worst: tuple[WorstShot, ...] = Field((), description="of the largest disagreement, the worst first")
 
 

@@ -11,7 +11,7 @@ import tiny
 from onnx import TensorProto, helper, parser
 
 from xdonnx.errors import ModelError, ShotsError, VerifyError
-from xdonnx.fidelity import compare
+from xdonnx.fidelity import compare, kinds
 from xdonnx.intervals import smallest_drop, tango, wilson
 from xdonnx.runtime import answer, open_session
 
@@ -208,6 +208,26 @@ def test_outputs_of_whole_numbers_are_compared_by_agreement_and_the_first_of_sco
     assert winner.agreement == pytest.approx(share) and found.top1_agreement == pytest.approx(share)
     assert top.relative_l2 == pytest.approx(np.linalg.norm(s.max(1) - t.max(1)) / np.linalg.norm(t.max(1)), rel=1e-5)
     assert scores.relative_l2 == more.relative_l2 and scores.agreement is None
+
+
+def test_of_several_outputs_of_scores_labels_choose_the_first_that_has_their_classes(measure, tmp_path: Path) -> None:
+    text = tiny.CLASSIFIER.replace("(float[N,5] logits)", "(float[N,2] place, float[N,5] logits)")
+    text = text.replace("  logits =", "  place = Gemm <transB = 1> (f, w3, b3)\n  logits =")
+    shapes = tiny.SHAPES | {"w3": (2, 8), "b3": (2,)}
+    proto = tiny.with_weights(text, tiny.random_weights(shapes=shapes))
+    labels = np.arange(40) % 5
+
+    plain, _ = measure(proto, proto, tiny.images(40))
+    labelled, _ = measure(proto, proto, tiny.images(40, labels=labels))
+    pair, _ = measure(proto, proto, tiny.images(40, labels=labels % 2))
+
+    assert (plain.classifier, labelled.classifier, pair.classifier) == ("place", "logits", "place")
+    session = open_session(tiny.saved(proto, tmp_path / "two.onnx"))
+    scores = answer(session, tiny.images(40).inputs)["logits"]
+    assert labelled.accuracy_teacher == pytest.approx(100 * np.mean(scores.argmax(1) == labels))
+    assert kinds(session, tiny.images(40, labels=labels)).classes == 5
+    with pytest.raises(ShotsError, match="without labels"):
+        measure(proto, proto, tiny.images(40, labels=labels + 4))
 
 
 def test_a_model_that_does_not_classify_has_no_top1_figures(measure) -> None:
