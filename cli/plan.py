@@ -97,6 +97,8 @@ def show_plan(console: Console, job: Job, ready: Prepared, origins: Origins) -> 
     for name, value in _given(found["job"], _switches(job)):
         origin = _origin(name.removeprefix("no_"), origins)
         table.add_row(f"  {name.replace('_', '-')}", value, Text(origin, "dim"))
+    for name, steps in _trainings(job, ready):
+        table.add_row("  then", f"{name}, {steps:,} steps of training", "")
     budget = job.budget()
     if job.plan is None and job.student is None:
         wanted = "" if job.smallest else f" {budget.told.replace('%', ' %')}"
@@ -161,6 +163,15 @@ def _given(job: Mapping[str, Any], on: Mapping[str, bool]) -> Iterator[tuple[str
         elif value is not None and value is not False and value not in ([], {}, ()):
             text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
             yield name, text
+
+
+def _trainings(job: Job, ready: Prepared) -> Iterator[tuple[str, int]]:
+    """Yield the methods that train the whole student once its layers are fitted, and their steps."""
+    from xdonnx.methods.training import schedule
+
+    for method in job.methods():
+        if getattr(method, "follows", False) and hasattr(method, "effort") and hasattr(method, "steps"):
+            yield type(method).__name__.lower(), schedule(ready.net, method.effort, method.steps, mix=True).steps
 
 
 def _switches(job: Job) -> dict[str, bool]:

@@ -76,6 +76,20 @@ def test_a_dry_run_tells_of_switches_turned_off_and_of_zeros_where_a_method_has_
     assert listing(here) == {}
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--preset-effort", "best"], "tune, 2,000 steps"),
+        (["--method", "cross", "--method", "squeeze", "--steps", "7"], "squeeze, 7 steps"),
+        ([], ""),
+    ],
+)
+def test_a_dry_run_tells_how_long_the_whole_is_trained(here: Path, more: list[str], told: str) -> None:
+    ended = call("compress", TEACHER, *SHOTS, "-o", "student.onnx", "--keep", "50%", "--dry-run", *more)
+
+    assert re.findall(r"^  then +(.+) of training *$", ended.out, re.M) == [told] * bool(told)
+
+
 def test_a_dry_run_predicts_what_the_job_then_measures(compressed: Compressed, here: Path) -> None:
     ended = call(
         "compress", TEACHER, *SHOTS, "-o", "student.onnx", "--preset-effort", "fast", "--dry-run", "--json", "-"
