@@ -422,8 +422,7 @@ def _doubts(fidelity: Fidelity, gate: Gate, of: str, sure: str, classes: int) ->
     if (worst.low or 0.0) > edge:
         yield (
             f"overfitted: the relative error is {fidelity.fit_error:.4f} on samples that fitted and "
-            f"{worst.relative_l2:.4f} on {of}; give more or more varied samples, remove less, or pull harder toward "
-            "the teacher (--ridge)"
+            f"{worst.relative_l2:.4f} on {of}; give more or more varied samples, or remove less"
         )
     if gate.max_error is not None and fidelity.samples < FEW:
         bound = "nothing bounds it" if worst.high is None else f"it may be {worst.high:.4g}"

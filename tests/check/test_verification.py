@@ -68,7 +68,7 @@ def test_a_student_that_learned_its_samples_by_heart_is_warned_of(pair) -> None:
     (warning,) = [text for text in report.warnings if text.startswith("overfitted")]
     error = report.fidelity.outputs[0].relative_l2
     assert f"is 0.0100 on samples that fitted and {error:.4f} on 200 held-out samples" in warning
-    assert "more varied samples" in warning and "--ridge" in warning
+    assert "more varied samples" in warning
 
 
 def test_a_student_as_good_on_new_samples_is_not(pair) -> None:
