@@ -182,7 +182,8 @@ def _words(flag: Flag) -> tuple[str, ...]:
 
         return tuple(available())
     if flag.name == "warn_only":
-        from xdonnx.gate import GATES, STRICT
+        from xdonnx.gate import GATES
+        from xdonnx.limits import STRICT
 
         return tuple(name.replace("_", "-") for name in (*GATES, *STRICT))
     return flag.choices or _STRUCTURES

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xdonnx.figures import amount
-from xdonnx.gate import heavy_loss, limited
+from xdonnx.limits import heavy_loss, limited
 from xdonnx.report import Fidelity, Figures, GateResult, LayerResult, Report, gate_line, gist, preset_of
 from xdonnx.tries import Try, tried
 from xdonnx_cli.terminal import beside, bullets, heading, percent, plain_table, room, say, shorten, shortened

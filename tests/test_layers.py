@@ -32,9 +32,9 @@ ROWS = [
     },
     {"moments", "tries", "descent"},
     {"runtime", "report", "paths", "draw", "images", "labels", "cost", "connection", "operators", "removal"},
-    {"layers", "reshaping", "sources", "stem", "feeds", "solve", "contributions", "worst", "gate", "junit", "plot"},
+    {"layers", "reshaping", "sources", "stem", "feeds", "solve", "contributions", "worst", "limits", "junit", "plot"},
     {"rows", "tensors", "summary"},
-    {"rules", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
+    {"rules", "gate", "shots", "preprocessing", "fidelity", "methods", "crossval", "page"},
     {"graph", "verification", "memory", "publication", "direct", "pool"},
     {
         "patch",
@@ -81,8 +81,8 @@ ROWS = [
 TORCH_FREE = {
     "errors", "events", "model", "prepare", "intervals", "runtime", "images", "labels", "cost", "layers", "reshaping",
     "sources", "report", "feeds", "rules", "gate", "shots", "graph", "verification", "fidelity", "patch", "budget",
-    "worst", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths", "planfile",
-    "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
+    "worst", "limits", "summary", "junit", "plot", "page", "publication", "survey", "coverage", "methods", "paths",
+    "planfile", "agreement", "draw", "rows", "stem", "preprocessing", "memory", "keywords", "api",
     "tensors", "samples", "judging", "files", "figures", "wanted", "machine", "journal", "pool", "scorecache",
     "sheet", "relatedness", "collection", "ranks", "splitting", "decomposition",
     "strict", "amounts", "tries", "tallies", "sizing", "tables", "pacing",

@@ -16,7 +16,8 @@ from xdonnx.contents import content, digest, files_of, read_by
 from xdonnx.errors import VerifyError
 from xdonnx.events import Event, Log, legible
 from xdonnx.fidelity import compare
-from xdonnx.gate import heavy_loss, of_a_job
+from xdonnx.gate import of_a_job
+from xdonnx.limits import heavy_loss
 from xdonnx.model import add_metadata, file_bytes, fingerprint, write_proto
 from xdonnx.paths import rejected_path
 from xdonnx.report import Fidelity, FileInfo, LayerResult, Report, plain, tool

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.intervals import drop_interval
+from xdonnx.limits import STRICT
 from xdonnx.report import AT_LEAST, COUNTS, Fidelity, Figures, GateResult, Latency, Report, gate_line
 
 
@@ -73,13 +74,6 @@ GATES: Mapping[str, str] = {
     "min_shrink": "fraction",
     "max_latency_ratio": "ratio",
 }
-# What `strict` asks besides, and the limit of one's own that takes its place. Bytes and weights are counted, so the
-# least that counts is 1; a ratio of latencies that noise alone cannot explain has to pass 5 % besides.
-STRICT: Mapping[str, tuple[str, float, str | None]] = {
-    "smaller": ("bytes", 1, "min_shrink"),
-    "not_slower": ("ratio", 1.05, "max_latency_ratio"),
-    "removed": ("weights", 1, None),
-}
 _BLAME = {
     "smaller": "the file did not shrink",
     "not_slower": "the student is slower than the teacher, beyond the noise",
@@ -90,14 +84,11 @@ _SUREST = 0.999999
 _NO_CLASSES = (
     "gate max_drop: no output classifies, so there is no accuracy and no agreement to lose.\n  Set max_error instead."
 )
-CLOSER = "remove less, or give more samples; the most accurate is --method cross --preset-effort best"
 _NO_NUMBERS = "gate max_error: no output of floating-point numbers was compared.\n  Set max_drop, or leave it out."
 # Quartiles of few runs are themselves uncertain: with r runs they are moved out by the factor 1 + 10 / r. And so many
 # milliseconds more are no slowdown that anyone meets: in models this small the call itself and the layout that
 # onnxruntime picks for odd numbers of channels weigh more than the arithmetic.
 _FEW_RUNS, _TRIFLE = 10, 0.05
-# So many points surely lost, or such a relative error, are much, whatever the student is for.
-_HEAVY, _FAR = 5.0, 0.5
 # How many times as many samples are tried to find what a limit wants.
 _TIMES = (*range(2, 21), 25, 30, 40, 50, 75, 100)
 
@@ -231,36 +222,6 @@ def verdict(
         "exit_code": 3 if broken else 0,
         "reasons": broken,
     }
-
-
-def limited(report: Report) -> bool:
-    """Whether a limit that somebody set was judged, or the job failed: without either nothing was passed."""
-    return report.status != "passed" or any(gate.name not in STRICT for gate in report.gates)
-
-
-def heavy_loss(fidelity: Fidelity | None, limits: Collection[str]) -> tuple[str, ...]:
-    """Return a warning where a student surely lost much and no limit was set on that; else nothing.
-
-    Parameters
-    ----------
-    fidelity : Fidelity, optional
-    limits : collection of str
-        Names of the gates that were judged.
-    """
-    if fidelity is None or {"max_drop", "max_error"} & set(limits):
-        return ()
-    drop = fidelity.drop
-    if drop is not None:
-        if drop.low < _HEAVY:
-            return ()
-        sure = f"at least {drop.low:.1f} ({100 * drop.confidence:g} % confidence)"
-        lost = f"the student lost {drop.value:.2f} points of {drop.of}, {sure}"
-        return (f"{lost}, and no limit was set: --max-drop 1 rejects such a student; {CLOSER}",)
-    worst = max((output.low or 0.0 for output in fidelity.outputs), default=0.0)
-    if worst < _FAR:
-        return ()
-    lost = f"the student's answers are off by at least {100 * worst:.0f} % (relative L2)"
-    return (f"{lost}, and no limit was set: --max-error 0.1 rejects such a student; {CLOSER}",)
 
 
 def _reason(gate: GateResult, fidelity: Fidelity | None, confidence: float | None) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from xdonnx.doctor import check_device
 from xdonnx.events import Event, Log, ignore
-from xdonnx.gate import Gate, heavy_loss
+from xdonnx.gate import Gate
+from xdonnx.limits import heavy_loss
 from xdonnx.model import interface, read_proto, sized
 from xdonnx.preprocessing import check_samples
 from xdonnx.report import Report

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from xdonnx.figures import amount
-from xdonnx.gate import heavy_loss, limited
+from xdonnx.limits import heavy_loss, limited
 from xdonnx.plot import curve, error_text, plot
 from xdonnx.report import (
     AT_LEAST,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from xdonnx.gate import CLOSER, heavy_loss, limited
+from xdonnx.limits import CLOSER, heavy_loss, limited
 from xdonnx.report import LayerResult, Report, gate_figures, judged_by
 from xdonnx.tries import tried
 

@@ -19,8 +19,9 @@ from xdonnx.cost import measure_cost
 from xdonnx.errors import ShotsError, VerifyError
 from xdonnx.events import Event, Log, ignore, legible
 from xdonnx.fidelity import Array, Samples, check_classes, compare, fixed_batch, kinds
-from xdonnx.gate import Gate, check_measurable, heavy_loss, judge, verdict
+from xdonnx.gate import Gate, check_measurable, judge, verdict
 from xdonnx.intervals import FEW, ratio_band
+from xdonnx.limits import heavy_loss
 from xdonnx.model import Interface, differences, file_bytes, fingerprint, interface, read_proto
 from xdonnx.report import Fidelity, Figures, FileInfo, Files, InterfaceCheck, Latency, LatencyRatio, Report, plain, tool
 from xdonnx.runtime import answer, open_session

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from xdonnx.errors import JobError
-from xdonnx.gate import STRICT, Gate, judge, of_a_job, rejudge, softened, verdict
+from xdonnx.gate import Gate, judge, of_a_job, rejudge, softened, verdict
 from xdonnx.intervals import ratio_band
+from xdonnx.limits import STRICT
 from xdonnx.report import Figures, GateResult, Latency, LatencyRatio, Report, Tool, gate_line
 
 

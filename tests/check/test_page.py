@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from reports import PIXEL, full_report, gate, layer, shot
 
-from xdonnx.gate import limited
+from xdonnx.limits import limited
 from xdonnx.page import page
 from xdonnx.report import Fidelity, LayerResult, OutputError, Report
 from xdonnx.sheet import INDICATORS, PoolImage, PoolSheet

@@ -74,7 +74,7 @@ def test_a_job_with_a_pool_reports_what_it_drew_from_and_one_seed_gives_one_file
     assert any(text.startswith("pool: left out 1 of 41 images: 'bad.png'") for text in raw["warnings"])
     assert raw["job"]["pool"] == ["pool"]
     html = Path("a.report/report.html").read_text()
-    assert "What a score sums" in html and "these were made: 0.3 in " in html
+    assert "What a score sums" in html and "all samples together have 1: 0.3 in " in html
     assert "Most related" in html and "40 images, preferential draw; 1 unreadable" in html
     assert html.count('<figure><img src="data:image/png;base64,') == 24 and len(html) < 200_000
     # Without a pool nothing of it is said.

@@ -1,0 +1,51 @@
+"""What is said of a student that no limit was set for: which limits count as set, and when much is lost all the same.
+
+Whoever draws a report asks this, so nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from xdonnx.report import Fidelity, Report
+
+# What `strict` asks besides, and the limit of one's own that takes its place. Bytes and weights are counted, so the
+# least that counts is 1; a ratio of latencies that noise alone cannot explain has to pass 5 % besides.
+STRICT: Mapping[str, tuple[str, float, str | None]] = {
+    "smaller": ("bytes", 1, "min_shrink"),
+    "not_slower": ("ratio", 1.05, "max_latency_ratio"),
+    "removed": ("weights", 1, None),
+}
+CLOSER = "remove less, or give more samples; the most accurate is --method cross --preset-effort best"
+# So many points surely lost, or such a relative error, are much, whatever the student is for.
+_HEAVY, _FAR = 5.0, 0.5
+
+
+def limited(report: Report) -> bool:
+    """Whether a limit that somebody set was judged, or the job failed: without either nothing was passed."""
+    return report.status != "passed" or any(gate.name not in STRICT for gate in report.gates)
+
+
+def heavy_loss(fidelity: Fidelity | None, limits: Collection[str]) -> tuple[str, ...]:
+    """Return a warning where a student surely lost much and no limit was set on that; else nothing.
+
+    Parameters
+    ----------
+    fidelity : Fidelity, optional
+    limits : collection of str
+        Names of the gates that were judged.
+    """
+    if fidelity is None or {"max_drop", "max_error"} & set(limits):
+        return ()
+    drop = fidelity.drop
+    if drop is not None:
+        if drop.low < _HEAVY:
+            return ()
+        sure = f"at least {drop.low:.1f} ({100 * drop.confidence:g} % confidence)"
+        lost = f"the student lost {drop.value:.2f} points of {drop.of}, {sure}"
+        return (f"{lost}, and no limit was set: --max-drop 1 rejects such a student; {CLOSER}",)
+    worst = max((output.low or 0.0 for output in fidelity.outputs), default=0.0)
+    if worst < _FAR:
+        return ()
+    lost = f"the student's answers are off by at least {100 * worst:.0f} % (relative L2)"
+    return (f"{lost}, and no limit was set: --max-error 0.1 rejects such a student; {CLOSER}",)
