@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 import onnx
@@ -172,25 +173,28 @@ def _made(job: Job, ready: Prepared, shop: Workshop, log: Log) -> Judged:
 def _chained(job: Job, ready: Prepared, bench: Bench, journal: Journal) -> Outcome:
     """Let the methods of a job follow each other."""
     net, fit, methods = ready.net, ready.fit, job.methods()
-    trains = [getattr(method, "follows", False) for method in methods]
-    judges = set_apart(len(fit), net.batch, job.seed) if any(trains) else ()
+    trained = [method for method in methods if getattr(method, "follows", False)]
+    judges = set_apart(len(fit), net.batch, job.seed) if trained else ()
+
+    def chain(methods: Sequence[Any], others: Shots, bench: Bench, journal: Journal) -> tuple[Outcome, bool]:
+        """Return what comes of some methods, those that do not train on `others`, and whether training gained."""
+        outcome, gained = Outcome(Patch()), False
+        for at, method in enumerate(methods):
+            trains = method in trained
+            seen, own = (fit, replace(bench, judges=judges)) if trains else (others, bench)
+            found = staged(at, method, net, outcome.patch, seen, ready.plan, own, journal)
+            gained = gained or (trains and not found.patch.same(outcome.patch))
+            outcome = Outcome(found.patch, (*outcome.traces, *found.traces))
+        return outcome, gained
+
     others = fit.take(np.setdiff1d(np.arange(len(fit)), judges)) if judges else fit
-    outcome, gained = Outcome(Patch()), False
-    for at, (method, last) in enumerate(zip(methods, trains, strict=True)):
-        seen, own = (fit, replace(bench, judges=judges)) if last else (others, bench)
-        found = staged(at, method, net, outcome.patch, seen, ready.plan, own, journal)
-        gained = gained or (last and not found.patch.same(outcome.patch))
-        outcome = Outcome(found.patch, (*outcome.traces, *found.traces))
+    outcome, gained = chain(methods, others, bench, journal)
     if not judges or gained:
         return outcome
     # Judges were spared for a training that brought nothing: without it, all samples may fit.
     bench.log(Event("fit", "Fit the layers again, on all samples"))
-    outcome = Outcome(Patch())
     again = replace(bench, generator=torch.Generator().manual_seed(job.seed))
-    for at, method in enumerate(method for method, last in zip(methods, trains, strict=True) if not last):
-        found = staged(at, method, net, outcome.patch, fit, ready.plan, again, journal.under("all"))
-        outcome = Outcome(found.patch, (*outcome.traces, *found.traces))
-    return outcome
+    return chain([method for method in methods if method not in trained], fit, again, journal.under("all"))[0]
 
 
 def _judged(
