@@ -6,20 +6,22 @@ import ast
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 from rich.table import Table
 from rich.text import Text
 
 from xdonnx.methods import POOLED, REFITTING, REFITTING_EFFORTS, available
+from xdonnx_cli.flags import Recipe
 from xdonnx_cli.terminal import stdout
 
 # Flags whose names differ from those of the options that they set.
-_FLAGS = {"effort": "preset-effort"}
+_FLAGS = {"effort": "preset_effort"}
 
 
 def methods() -> int:
     """List the methods: the paper, what each needs and can be given besides, its options and when to choose it."""
-    console = stdout()
+    console, told = stdout(), _told()
     for at, (name, entry) in enumerate(available().items()):
         if at:
             console.print()
@@ -32,7 +34,8 @@ def methods() -> int:
             table.add_row("  needs", entry.needs)
         own = options(entry.target)
         for option, values in own:
-            table.add_row(f"  --{_FLAGS.get(option, option)}", values)
+            flag = _FLAGS.get(option, option)
+            table.add_row(f"  --{flag.replace('_', '-')}", told.get(flag, values))
         if name in REFITTING:
             efforts = f", by effort {' or '.join(REFITTING_EFFORTS)}" if "effort" in dict(own) else ""
             table.add_row("  --student", f"refits what another tool made{efforts}")
@@ -40,6 +43,11 @@ def methods() -> int:
             table.add_row("  --pool", "learns from unlabelled images too")
         console.print(table)
     return 0
+
+
+def _told() -> dict[str, str]:
+    """Return what `compress --help` says of each option, by the name of its field."""
+    return {name: kind.__metadata__[0].help for name, kind in get_type_hints(Recipe, include_extras=True).items()}
 
 
 def options(target: str) -> list[tuple[str, str]]:

@@ -56,7 +56,7 @@ def verdict(console: Console, report: Report) -> None:
     judged = limited(report)
     line = Text(report.status.upper() if judged else "DONE", _COLOURS[report.status] if judged else "bold")
     line.append(f"  {gist(report)}{'' if judged else '; no limit was set'}", "default not bold")
-    if heavy_loss(report.fidelity, [gate.name for gate in report.gates]):
+    if heavy_loss(report.fidelity, report.gates):
         line.append("; MUCH IS LOST, see the warnings", "bold red")
     console.print(line)
     if report.reasons:

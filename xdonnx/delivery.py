@@ -158,7 +158,7 @@ def delivered(
     report = judged.report
     out = job.out if report.exit_code == 0 else rejected_path(job.out)
     write_proto(judged.student, out, external=job.external_data)
-    loss = heavy_loss(report.fidelity, [result.name for result in report.gates])
+    loss = heavy_loss(report.fidelity, report.gates)
     return report.model_copy(
         update={
             "files": report.files.model_copy(update={"student": file_facts(out), "read": _read(job)}),

@@ -77,5 +77,5 @@ def judged(
         shots_path=", ".join(asked.names) or "synthetic",
         log=note,
     )
-    loss = heavy_loss(report.fidelity, [result.name for result in report.gates])
+    loss = heavy_loss(report.fidelity, report.gates)
     return report.model_copy(update={"warnings": tuple(dict.fromkeys((*loss, *heard, *report.warnings)))})

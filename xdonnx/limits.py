@@ -5,9 +5,9 @@ Whoever draws a report asks this, so nothing heavy is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 
-from xdonnx.report import Fidelity, Report
+from xdonnx.report import Fidelity, GateResult, Report
 
 # What `strict` asks besides, and the limit of one's own that takes its place. Bytes and weights are counted, so the
 # least that counts is 1; a ratio of latencies that noise alone cannot explain has to pass 5 % besides.
@@ -26,16 +26,9 @@ def limited(report: Report) -> bool:
     return report.status != "passed" or any(gate.name not in STRICT for gate in report.gates)
 
 
-def heavy_loss(fidelity: Fidelity | None, limits: Collection[str]) -> tuple[str, ...]:
-    """Return a warning where a student surely lost much and no limit was set on that; else nothing.
-
-    Parameters
-    ----------
-    fidelity : Fidelity, optional
-    limits : collection of str
-        Names of the gates that were judged.
-    """
-    if fidelity is None or {"max_drop", "max_error"} & set(limits):
+def heavy_loss(fidelity: Fidelity | None, gates: Sequence[GateResult]) -> tuple[str, ...]:
+    """Return a warning where a student surely lost much and no gate set a limit on that; else nothing."""
+    if fidelity is None or {"max_drop", "max_error"} & {gate.name for gate in gates}:
         return ()
     drop = fidelity.drop
     if drop is not None:

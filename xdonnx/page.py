@@ -56,7 +56,7 @@ def page(report: Report) -> str:
         word={"passed": "Passed" if judged else "Done", "rejected": "Rejected", "failed": "Failed"}[report.status],
         tone={"passed": "passed" if judged else "plain"}.get(report.status, "failed"),
         judged=judged,
-        lost=bool(heavy_loss(report.fidelity, [gate.name for gate in report.gates])),
+        lost=bool(heavy_loss(report.fidelity, report.gates)),
         gist=gist(report),
         title=_title(report),
         when=_when(report.started),

@@ -31,7 +31,7 @@ def summary(report: Report) -> str:
     where = f"{report.device}, seed {report.seed}, {report.seconds:.1f} s, xdonnx {report.tool.version}"
     status = report.status if limited(report) else "done, no limit was set"
     lines = [f"# xdonnx: {_models(report)}{status} (exit code {report.exit_code})", "", where, ""]
-    if heavy_loss(report.fidelity, [gate.name for gate in report.gates]):
+    if heavy_loss(report.fidelity, report.gates):
         lines += ["**Much is lost**, see the warnings.", ""]
     lines += _bullets(report.reasons, 6)
     broken = [gate.name for gate in report.gates if gate.level == "fail" and not gate.passed]

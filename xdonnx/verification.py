@@ -133,7 +133,7 @@ def verify(
         fidelity=fidelity,
         gates=tuple(gates),
         interface=check,
-        warnings=tuple(dict.fromkeys((*heavy_loss(fidelity, [result.name for result in gates]), *warnings))),
+        warnings=tuple(dict.fromkeys((*heavy_loss(fidelity, gates), *warnings))),
     )
 
 
