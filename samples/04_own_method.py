@@ -10,8 +10,8 @@ import torch
 import xdonnx.summary
 from xdonnx.budget import Budget, Plan
 from xdonnx.convert import convert
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.cross import Cross
-from xdonnx.methods.layerwise import Bench, Outcome
 
 
 @dataclass(frozen=True)

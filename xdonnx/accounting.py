@@ -6,7 +6,7 @@ import numpy as np
 
 from xdonnx.graph import Net
 from xdonnx.layers import Layer
-from xdonnx.methods.layerwise import Outcome
+from xdonnx.methods.bench import Outcome
 from xdonnx.patch import kept
 from xdonnx.report import LayerResult
 

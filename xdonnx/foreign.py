@@ -15,9 +15,9 @@ from xdonnx.crossval import Candidate
 from xdonnx.errors import JobError
 from xdonnx.given import GivenStudent
 from xdonnx.graph import Net
+from xdonnx.methods.bench import Bench, Trace
 from xdonnx.methods.cross import ALTERNATIVES, Cross
 from xdonnx.methods.crossing import FOLDS, Crossing
-from xdonnx.methods.layerwise import Bench, Trace
 from xdonnx.methods.mixing import Mixing
 from xdonnx.methods.pairwalk import meet
 from xdonnx.patch import Patch, cut

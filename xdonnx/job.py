@@ -28,7 +28,7 @@ from xdonnx.given import GivenStudent, check_matching, match_results, matched
 from xdonnx.graph import Net, read_net
 from xdonnx.journal import Journal, open_journal
 from xdonnx.machine import machines_fault
-from xdonnx.methods.layerwise import Bench, Outcome
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.training import set_apart
 from xdonnx.model import add_metadata, check_file, fingerprint, interface, read_proto, sized
 from xdonnx.patch import Patch, cut, masked

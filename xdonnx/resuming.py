@@ -17,7 +17,7 @@ from xdonnx.errors import MachineError
 from xdonnx.graph import Net
 from xdonnx.journal import IDENTITY, Entry, Journal
 from xdonnx.machine import machines_fault
-from xdonnx.methods.layerwise import Bench, Outcome, Trace
+from xdonnx.methods.bench import Bench, Outcome, Trace
 from xdonnx.patch import Patch
 from xdonnx.report import plain, tool
 from xdonnx.shots import Shots, Unread

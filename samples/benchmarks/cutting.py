@@ -18,8 +18,8 @@ from torch import nn
 from xdonnx.budget import Budget, make_plan
 from xdonnx.cost import measure_cost
 from xdonnx.graph import read_net
+from xdonnx.methods.bench import Bench
 from xdonnx.methods.l1_norm import L1Norm
-from xdonnx.methods.layerwise import Bench
 from xdonnx.patch import Patch, cut
 from xdonnx.shots import Shots
 

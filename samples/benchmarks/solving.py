@@ -16,7 +16,7 @@ from xdonnx.columns import from_matrix, to_matrix
 from xdonnx.connection import cross, objective
 from xdonnx.errors import JobError
 from xdonnx.job import opened, planned, prepared
-from xdonnx.methods.layerwise import Bench
+from xdonnx.methods.bench import Bench
 from xdonnx.moments import measure
 from xdonnx.patch import Patch, cut
 from xdonnx.runtime import answer_all, open_session

@@ -88,7 +88,7 @@ def stage(model: Path, samples: int, repeats: int) -> dict[str, Any]:
     from xdonnx.convert import convert
     from xdonnx.graph import read_net
     from xdonnx.job import opened, planned, prepared
-    from xdonnx.methods.layerwise import Bench
+    from xdonnx.methods.bench import Bench
     from xdonnx.patch import Patch, cut
     from xdonnx.walk import walk
     from xdonnx.wanted import Job

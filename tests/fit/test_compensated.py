@@ -15,7 +15,8 @@ from xdonnx.columns import from_matrix, to_matrix
 from xdonnx.connection import compensated, correction, cross, imitation, objective, regression, soft
 from xdonnx.convert import checked, convert
 from xdonnx.graph import read_net
-from xdonnx.methods.layerwise import Bench, Rule, layerwise
+from xdonnx.methods.bench import Bench
+from xdonnx.methods.layerwise import Rule, layerwise
 from xdonnx.moments import measure, measure_missing
 from xdonnx.patch import Patch, masked
 from xdonnx.runtime import answer, open_session

@@ -15,7 +15,8 @@ from xdonnx.connection import regression, soft
 from xdonnx.convert import convert, stored
 from xdonnx.direct import Seen, measure_directly
 from xdonnx.graph import read_net
-from xdonnx.methods.layerwise import Bench, Rule, layerwise
+from xdonnx.methods.bench import Bench
+from xdonnx.methods.layerwise import Rule, layerwise
 from xdonnx.patch import Patch
 from xdonnx.rectified import cost, rectified
 from xdonnx.solve import Greedy, refit

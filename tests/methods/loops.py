@@ -15,7 +15,7 @@ from torch import Tensor
 from xdonnx.convert import convert
 from xdonnx.events import Event
 from xdonnx.graph import Net, read_net
-from xdonnx.methods.layerwise import Bench
+from xdonnx.methods.bench import Bench
 from xdonnx.methods.training import Batch, Schedule, train
 from xdonnx.methods.tune import matching
 from xdonnx.patch import Patch, cut

@@ -8,7 +8,7 @@ import pytest
 
 from xdonnx.accounting import layer_results
 from xdonnx.graph import read_net
-from xdonnx.methods.layerwise import Outcome
+from xdonnx.methods.bench import Outcome
 from xdonnx.patch import Patch
 from xdonnx.survey import survey
 

@@ -24,9 +24,9 @@ from xdonnx.graph import Net, read_net
 from xdonnx.images import Preprocess
 from xdonnx.job import Job, run
 from xdonnx.methods import make
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.channel_pruning import by_lasso, lasso
 from xdonnx.methods.fskd import mixed
-from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.methods.thinet import rescaled, smallest_sum
 from xdonnx.moments import Moments, measure
 from xdonnx.patch import Patch, cut, masked

@@ -17,7 +17,7 @@ from xdonnx.convert import checked, convert
 from xdonnx.errors import JobError, NothingToDo
 from xdonnx.graph import Net, read_net
 from xdonnx.methods import METHODS, make
-from xdonnx.methods.layerwise import Bench, Outcome
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.patch import Patch, cut, kept, masked
 from xdonnx.runtime import answer, open_session
 from xdonnx.shots import Shots

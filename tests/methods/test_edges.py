@@ -20,7 +20,7 @@ from xdonnx.errors import JobError
 from xdonnx.events import Event
 from xdonnx.graph import read_net
 from xdonnx.methods import make, training
-from xdonnx.methods.layerwise import Bench
+from xdonnx.methods.bench import Bench
 from xdonnx.methods.training import Schedule, train
 from xdonnx.methods.tune import matching
 from xdonnx.patch import Patch, cut

@@ -16,8 +16,8 @@ from xdonnx.events import Event
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
 from xdonnx.job import run
+from xdonnx.methods.bench import Outcome
 from xdonnx.methods.cross import Cross
-from xdonnx.methods.layerwise import Outcome
 from xdonnx.model import file_bytes, fingerprint, interface, read_proto
 from xdonnx.page import page
 from xdonnx.paths import rejected_path

@@ -20,10 +20,10 @@ from xdonnx.graph import Net, read_net
 from xdonnx.images import Preprocess
 from xdonnx.job import Job, run
 from xdonnx.methods import fitnet, training
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.bp import BP
 from xdonnx.methods.fitnet import TEMPERATURE, FitNet
 from xdonnx.methods.l1_norm import L1Norm
-from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.methods.training import Batch
 from xdonnx.patch import Patch, cut
 from xdonnx.runtime import answer, open_session

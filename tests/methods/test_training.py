@@ -18,7 +18,7 @@ from xdonnx.convert import convert
 from xdonnx.errors import JobError
 from xdonnx.graph import Net, read_net
 from xdonnx.methods import make, training
-from xdonnx.methods.layerwise import Bench
+from xdonnx.methods.bench import Bench
 from xdonnx.methods.training import Batch, Schedule, check_schedule, relative_error, schedule, set_apart, train
 from xdonnx.methods.tune import matching
 from xdonnx.patch import Patch, cut

@@ -18,8 +18,8 @@ from xdonnx.graph import Net
 from xdonnx.images import Preprocess
 from xdonnx.job import Job, run
 from xdonnx.methods import training
+from xdonnx.methods.bench import Bench
 from xdonnx.methods.cross import Cross
-from xdonnx.methods.layerwise import Bench
 from xdonnx.methods.tune import Tune, matching
 from xdonnx.model import fingerprint
 from xdonnx.patch import Patch

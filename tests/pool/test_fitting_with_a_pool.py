@@ -22,8 +22,8 @@ from xdonnx.events import Event
 from xdonnx.graph import Net, read_net
 from xdonnx.journal import open_journal
 from xdonnx.methods import METHODS, POOLED, layerwise, make
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.cross import Cross
-from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.patch import Patch, cut
 from xdonnx.pool import Pool
 from xdonnx.resuming import staged

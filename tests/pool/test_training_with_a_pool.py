@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from xdonnx.convert import convert
 from xdonnx.errors import JobError
 from xdonnx.graph import Net, read_net
+from xdonnx.methods.bench import Bench
 from xdonnx.methods.bp import BP
-from xdonnx.methods.layerwise import Bench
 from xdonnx.methods.training import Batch, Schedule, relative_error, train
 from xdonnx.patch import Patch
 from xdonnx.pool import UNLABELLED, Pool

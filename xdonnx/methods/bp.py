@@ -15,8 +15,8 @@ from torch.nn import functional
 from xdonnx.budget import Plan
 from xdonnx.errors import JobError, ShotsError
 from xdonnx.graph import Net
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.l1_norm import L1Norm
-from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.methods.training import Batch, check_schedule, schedule, train
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots

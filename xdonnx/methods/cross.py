@@ -25,7 +25,8 @@ from xdonnx.connection import Connection, cross, named, regression, soft
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.events import Event
 from xdonnx.graph import Net
-from xdonnx.methods.layerwise import FOLDS, Bench, Outcome, Rule, layerwise
+from xdonnx.methods.bench import Bench, Outcome
+from xdonnx.methods.layerwise import FOLDS, Rule, layerwise
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots
 from xdonnx.solve import ADMM, PGD, SOLVERS, Greedy, Solver

@@ -30,8 +30,9 @@ from xdonnx.connection import Quadratic, compensated, damped, objective, project
 from xdonnx.convert import layer_tensors
 from xdonnx.crossval import Candidate, measure_folds
 from xdonnx.graph import Net
+from xdonnx.methods.bench import Trace
 from xdonnx.methods.joint import WIDEST
-from xdonnx.methods.layerwise import LEAST_RIDGE, MOST_FOLDED, Trace
+from xdonnx.methods.layerwise import LEAST_RIDGE, MOST_FOLDED
 from xdonnx.methods.mixing import Mixing, keep
 from xdonnx.methods.pairwalk import Meeting, Weights
 from xdonnx.moments import WIDEST_FOLDED, enough, paired

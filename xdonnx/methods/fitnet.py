@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from xdonnx.budget import Plan
 from xdonnx.graph import Net
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.l1_norm import L1Norm
-from xdonnx.methods.layerwise import Bench, Outcome
 from xdonnx.methods.training import Batch, check_schedule, relative_error, schedule, train
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots

@@ -25,8 +25,9 @@ from xdonnx.budget import Plan
 from xdonnx.connection import Quadratic, regression
 from xdonnx.errors import JobError
 from xdonnx.graph import Net
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.joint import producer_norms
-from xdonnx.methods.layerwise import Bench, Outcome, Rule, layerwise
+from xdonnx.methods.layerwise import Rule, layerwise
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots
 from xdonnx.solve import Greedy

@@ -16,8 +16,9 @@ from xdonnx.columns import from_matrix, to_matrix
 from xdonnx.convert import geometry
 from xdonnx.events import Event
 from xdonnx.graph import Net
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.joint import producer_norms
-from xdonnx.methods.layerwise import Bench, Outcome, weight_structure
+from xdonnx.methods.layerwise import weight_structure
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots
 

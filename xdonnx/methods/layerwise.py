@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,20 +18,20 @@ from torch import Tensor
 from xdonnx.budget import Plan, pattern_of
 from xdonnx.columns import from_matrix, to_matrix
 from xdonnx.connection import Connection, Quadratic, regression, restricted
-from xdonnx.convert import Program, stored
+from xdonnx.convert import stored
 from xdonnx.crossval import Candidate, Fold, choose, measure_folds, total
 from xdonnx.direct import Seen, blended, dear, measure_directly, missed
-from xdonnx.events import Event, Log, ignore
+from xdonnx.events import Event
 from xdonnx.graph import Net
-from xdonnx.journal import Entry, Journal
+from xdonnx.journal import Entry
 from xdonnx.layers import Layer
+from xdonnx.methods.bench import Bench, Outcome, Trace
 from xdonnx.methods.joint import WIDEST, joint_choice
 from xdonnx.methods.wide import Fit, regressed, sampled_columns
 from xdonnx.moments import WIDEST_FOLDED, enough
 from xdonnx.patch import Patch
-from xdonnx.pool import Pool
 from xdonnx.rectified import cost, positions, rectified
-from xdonnx.shelf import Room, lengths
+from xdonnx.shelf import lengths
 from xdonnx.solve import Solver, refit
 from xdonnx.structure import Channel, Element, NofM, Structure, units
 from xdonnx.walk import Stop, Weights, chunked, walk
@@ -49,61 +49,6 @@ SHARES = (0.3, 0.0, 0.1, 1.0)
 RECTIFYING = 4e11
 # A ridge above which rounding to float32 is far below what the ridge itself changes.
 LEAST_RIDGE = 1e-3
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What a method works with besides the net: the torch program, randomness, and where to report.
-
-    Parameters
-    ----------
-    program : Program
-        Every step checked against onnxruntime.
-    generator : torch.Generator
-    log : callable
-    room : Room
-        For the activations of a walk.
-    journal : Journal, optional
-        Where finished layers are kept, and found again by a job that goes on.
-    pool : Pool, optional
-        Unlabelled images besides the shots, for methods that draw from them.
-    judges : tuple of int
-        Shots of a method that trains what another left, by their place: no method before it saw them, so they judge.
-        Empty where there are too few to set any apart.
-    """
-
-    program: Program
-    generator: torch.Generator
-    log: Log = ignore
-    room: Room = field(default_factory=Room)
-    journal: Journal | None = None
-    pool: Pool | None = None
-    judges: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What happened at one layer.
-
-    `objective_before` is the error of the removal alone, `objective_after` that after the refit; both are shares of the
-    teacher's output energy (without its bias where that is not refitted), under the regression connection. None where
-    the layer was left as it is on inputs that differ. `pool` is the weight that the pool had in the refit, all its
-    rows together, where the samples have 1, whatever it had in the choice of what goes; None where it had no part.
-    """
-
-    layer: str
-    objective_before: float | None
-    objective_after: float | None
-    seconds: float
-    pool: float | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A method's patch and what it saw on the way."""
-
-    patch: Patch
-    traces: tuple[Trace, ...] = field(default_factory=tuple)
 
 
 class Refitter(Protocol):

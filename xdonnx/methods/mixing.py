@@ -25,7 +25,7 @@ from torch import Tensor
 from xdonnx.columns import Geometry, from_matrix, spread, to_matrix
 from xdonnx.convert import run_layer, stored
 from xdonnx.graph import Net
-from xdonnx.methods.layerwise import Trace
+from xdonnx.methods.bench import Trace
 from xdonnx.methods.pairwalk import Meeting, Weights
 
 # Pulls of Q toward the identity that folds choose among, relative to the mean energy of the outputs.

@@ -33,7 +33,7 @@ from xdonnx.events import Event, Log, ignore
 from xdonnx.graph import Net
 from xdonnx.methods.adversary import Adversary
 from xdonnx.methods.attention import Attention, attention, of_student, random, squeezed
-from xdonnx.methods.layerwise import Bench, Outcome
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.training import Batch, check_schedule, relative_error, schedule, train
 from xdonnx.methods.tune import matching
 from xdonnx.patch import Patch

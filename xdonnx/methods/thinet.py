@@ -22,7 +22,8 @@ from xdonnx.connection import Quadratic, regression
 from xdonnx.contributions import contributions
 from xdonnx.errors import JobError
 from xdonnx.graph import Net
-from xdonnx.methods.layerwise import Bench, Outcome, Rule, layerwise
+from xdonnx.methods.bench import Bench, Outcome
+from xdonnx.methods.layerwise import Rule, layerwise
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots
 from xdonnx.solve import Solution

@@ -23,7 +23,7 @@ from xdonnx.augment import image_axes, mixed, moved
 from xdonnx.errors import JobError, ModelError, did_you_mean
 from xdonnx.events import Event
 from xdonnx.graph import Net
-from xdonnx.methods.layerwise import Bench, Outcome
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.patch import Patch
 from xdonnx.pool import UNLABELLED
 from xdonnx.shots import Shots

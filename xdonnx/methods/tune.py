@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xdonnx.budget import Plan
 from xdonnx.graph import Net
-from xdonnx.methods.layerwise import Bench, Outcome
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.training import Batch, check_schedule, relative_error, schedule, train
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots
