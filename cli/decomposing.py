@@ -16,7 +16,7 @@ from xdonnx.figures import amount
 from xdonnx_cli.flags import SWITCH, Sizes, Talk, fraction, method, multiple, output, target
 from xdonnx_cli.output import put_json, tables
 from xdonnx_cli.progress import told
-from xdonnx_cli.terminal import beside, bullets, heading, percent, plain_table, room, say, shortened, stderr
+from xdonnx_cli.terminal import beside, bullets, heading, headline, percent, plain_table, room, say, shortened, stderr
 
 if TYPE_CHECKING:
     from xdonnx.decomposition import Decomposition
@@ -31,7 +31,7 @@ _INCLUDE = "Only these layers, as 'stage3*'. The first convolution stays whole u
 _ROUND = "Ranks are multiples of N. auto, the default: of 8 or 4, which onnxruntime is fast at."
 _EXTERNAL = "auto, always or never: weights in OUT.data beside the file. auto: past 2 GiB."
 # Below this the table of layers leaves out what can be done without.
-_WIDE = 80
+_WIDE = 100
 # Layers of one reason that are named at most.
 _NAMED = 3
 
@@ -120,7 +120,7 @@ def _show_head(console: Console, found: Decomposition, *, dry: bool) -> None:
         f"{len(found.layers)} layers, {found.target}",
         "default not bold",
     )
-    console.print(head)
+    headline(console, head)
 
 
 def _show_costs(console: Console, found: Decomposition) -> None:

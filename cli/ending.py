@@ -16,7 +16,7 @@ from xdonnx_cli.output import command_line
 from xdonnx_cli.terminal import say, stderr
 
 if TYPE_CHECKING:
-    from xdonnx.events import Event, Log
+    from xdonnx.events import Log
 
 INTERRUPTED = 130
 
@@ -79,13 +79,9 @@ class Attempt:
 
     def noting(self, log: Log) -> Log:
         """Return a log that also keeps the warnings."""
+        from xdonnx.events import hearing
 
-        def note(event: Event) -> None:
-            if event.level == "warning":
-                self.heard.append(event.text)
-            log(event)
-
-        return note
+        return hearing(log, self.heard)
 
 
 @contextmanager

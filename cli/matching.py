@@ -14,7 +14,7 @@ from rich.text import Text
 from xdonnx_cli.flags import SWITCH, Data, Pixels, Sizes, Talk, output, running
 from xdonnx_cli.output import put_json, tables
 from xdonnx_cli.progress import told
-from xdonnx_cli.terminal import beside, heading, plain_table, room, say, shortened, stderr
+from xdonnx_cli.terminal import beside, heading, headline, plain_table, room, say, shortened, stderr
 
 if TYPE_CHECKING:
     from xdonnx.given import GivenStudent
@@ -49,7 +49,9 @@ def match(
     Names have no say: structure, weights and activations have. OUT is a file to read and to correct: xdonnx compress
     TEACHER --student STUDENT --match OUT goes by it. The exit code is 4 where the student is another teacher's.
     """
+    from xdonnx.events import hearing
     from xdonnx.given import check_matching, match_results
+    from xdonnx.matching import ENOUGH
     from xdonnx.model import check_file
     from xdonnx.paths import check_plan
 
@@ -60,29 +62,22 @@ def match(
         check_plan(files.out, student, force=files.force, usual="match.toml", what="STUDENT")
     heard: list[str] = []
     with told(talk) as log:
-
-        def note(event: Any) -> None:
-            if event.level == "warning":
-                heard.append(event.text)
-            log(event)
-
-        net, found = _found(teacher, student, data, pixels, sizes, files.seed, note)
+        net, found = _found(teacher, student, data, pixels, sizes, files.seed, hearing(log, heard))
     if files.out is not None:
         _write(files.out, (teacher, student), net, found)
     results = [result.model_dump() for result in match_results(found.matching, net)]
     whole = {"teacher": str(teacher), "student": str(student), "confidence": round(found.matching.confidence, 4)}
     lists = {"absent": found.matching.absent, "alone": found.matching.alone, "warnings": heard}
     put_json(talk.json, json.dumps({**whole, "matches": results, **lists}, indent=2))
-    if not talk.quiet:
-        _show(tables(talk), found, net)
+    _show(tables(talk), found, net, quiet=talk.quiet)
     for text in heard if not talk.verbose else ():
         say(stderr(), f"warning: {text}", "yellow")
     if files.out is not None and not talk.quiet:
-        say(
-            tables(talk),
-            f"Wrote {beside(files.out)}: xdonnx compress {teacher} --student {student} --match {files.out} …",
-        )
-    check_matching(found, (teacher, student))
+        use = f"xdonnx compress {teacher} --student {student} --match {files.out} …"
+        refused = found.matching.confidence < ENOUGH
+        how = f", to be corrected, since it is obeyed as it stands by {use}" if refused else f": {use}"
+        say(tables(talk), f"Wrote {beside(files.out)}{how}")
+    check_matching(found, net, (teacher, student))
     return 0
 
 
@@ -110,20 +105,22 @@ def _found(
 
 def _write(out: Path, paths: tuple[Path, Path], net: Net, found: GivenStudent) -> None:
     from xdonnx.matchfile import write_matchfile, written
-    from xdonnx.model import fingerprint
+    from xdonnx.model import model_fingerprint
 
-    hashes = fingerprint(paths[0]), fingerprint(paths[1])
+    hashes = model_fingerprint(paths[0]), model_fingerprint(paths[1])
     names = str(paths[0]), str(paths[1]), str(out)
     write_matchfile(written(found.matching, (net, found.net), hashes, names), out)
 
 
-def _show(console: Console, found: GivenStudent, net: Net) -> None:
+def _show(console: Console, found: GivenStudent, net: Net, *, quiet: bool) -> None:
     matching = found.matching
     head = Text(f"MATCH  confidence {matching.confidence:.2f}", "bold")
     rows = sum(len(pair.student) > 1 for pair in matching.pairs)
     text = f", {len(matching.pairs)} of {len(net.layers)} layers of the teacher"
     head.append(text + (f", {rows} of them decomposed" if rows else ""), "default not bold")
-    console.print(head)
+    headline(console, head)
+    if quiet:
+        return
     heading(console, "Layers")
     width = room(console, 44, names=2)
     theirs = shortened((pair.teacher for pair in matching.pairs), width)

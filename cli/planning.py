@@ -92,10 +92,10 @@ def _split(work: Any, job: Job, ready: Prepared, log: Log) -> tuple[Prepared, di
 
 
 def _write(job: Job, ready: Prepared, curves: dict[int, Points], heard: list[str], talk: Talk) -> None:
-    from xdonnx.model import fingerprint
+    from xdonnx.model import model_fingerprint
     from xdonnx.planfile import make_planfile, write_planfile, written
 
-    file = make_planfile(ready.net, ready.plan, curves, fingerprint(job.model), job.target())
+    file = make_planfile(ready.net, ready.plan, curves, model_fingerprint(job.model), job.target())
     write_planfile(written(ready.net, file, str(job.model), str(job.out)), job.out)
     layers = list(rows(ready, file))
     found = {

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from xdonnx.figures import amount
-from xdonnx.limits import heavy_loss, limited
+from xdonnx.limits import heavy_loss, limited, next_step
 from xdonnx.report import Fidelity, Figures, GateResult, LayerResult, Report, gate_line, gist, preset_of
 from xdonnx.tries import Try, tried
-from xdonnx_cli.terminal import beside, bullets, heading, percent, plain_table, room, say, shorten, shortened
+from xdonnx_cli.terminal import beside, bullets, heading, headline, percent, plain_table, room, say, shorten, shortened
 
 _COLOURS = {"passed": "bold green", "rejected": "bold red", "failed": "bold red"}
 # Layers that are listed: those of the largest error left.
@@ -58,9 +58,11 @@ def verdict(console: Console, report: Report) -> None:
     line.append(f"  {gist(report)}{'' if judged else '; no limit was set'}", "default not bold")
     if heavy_loss(report.fidelity, report.gates):
         line.append("; MUCH IS LOST, see the warnings", "bold red")
-    console.print(line)
+    headline(console, line)
     if report.reasons:
         bullets(console, report.reasons)
+    if step := next_step(report):
+        say(console, f"  Next: {step}.")
 
 
 def before_after(console: Console, report: Report) -> None:

@@ -28,6 +28,11 @@ def say(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text, style), soft_wrap=True)
 
 
+def headline(console: Console, line: Text) -> None:
+    """Print what came of it: in one line where no terminal breaks it, so that it can be searched for."""
+    console.print(line, soft_wrap=not console.is_terminal)
+
+
 def shorten(name: str, most: int, tail: float = 0.6) -> str:
     """Return the name with its middle left out where it is longer than `most`; `tail` is the share kept of its end."""
     most = max(most, _SHORTEST)

@@ -47,7 +47,7 @@ def layer_results(net: Net, outcome: Outcome, structure: str, *, residual: bool 
                 objective_after=trace.objective_after if trace else None,
                 seconds=round(trace.seconds, 4) if trace else None,
                 pool_weight=trace.pool if trace else None,
-                note=_spared(net, layer, outcome)
+                note=_spared(net, layer, weight)
                 if single
                 else "; ".join(_reasons(net, layer, residual=residual))[:200],
             )
@@ -61,9 +61,9 @@ def _reasons(net: Net, layer: Layer, *, residual: bool) -> list[str]:
     return [*net.reasons(layer), *added]
 
 
-def _spared(net: Net, layer: Layer, outcome: Outcome) -> str:
-    """Say why a layer keeps all its weights where single ones go; nothing of one that took part."""
-    if layer.weight in outcome.patch.tensors:
+def _spared(net: Net, layer: Layer, weight: np.ndarray) -> str:
+    """Say why a layer keeps all its weights where single ones go; nothing of one that lost some."""
+    if np.count_nonzero(weight) < np.count_nonzero(net.array(layer.weight)):
         return ""
     if not layer.kernel:
         return "single weights go from convolutions only"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from xdonnx.draw import digests, of_batch
 from xdonnx.errors import ShotsError
 from xdonnx.events import Event, Log, ignore, legible
-from xdonnx.model import fingerprint, model_files
+from xdonnx.model import model_fingerprint
 from xdonnx.pool import Pool, of_the_pool
 from xdonnx.relatedness import VERSION, Gauge, noise_like, open_gauge, standardised
 from xdonnx.report import tool
@@ -29,6 +29,8 @@ Array = NDArray[Any]
 BATCH, NOISE = 64, 128
 # Of each end of the pool, how many the report shows.
 SHOWN = 12
+# Fewer images than half a batch of training has are shown several times in each.
+FEW = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,9 @@ def collect(
     if twins:
         images, measured = images.take(new), measured[new]
         log(Event("pool", f"{twins} images of the pool are also samples that fit or judge: left out."))
+    if len(new) < FEW:
+        text = f"the pool has {len(new)} image{'s' * (len(new) > 1)} only, drawn over and over: give more."
+        log(Event("pool", text, level="warning"))
     scores = None
     if gauge.names:
         made = noise_like(sample, max(NOISE, gauge.batch or 1))
@@ -121,8 +126,7 @@ def read(found: Shots | Unread, log: Log = ignore) -> Shots:
 def _measured(images: Shots, gauge: Gauge, teacher: Teacher, most: int, log: Log) -> tuple[list[bytes], Array]:
     """Return the digest of each image and its indicators, from the cache those that it has."""
     width = len(gauge.names)
-    parts = [fingerprint(path) for path in model_files(teacher.path)]
-    path = place([*parts, str(VERSION), str(tool().onnxruntime), *gauge.names, teacher.device])
+    path = place([model_fingerprint(teacher.path), str(VERSION), str(tool().onnxruntime), *gauge.names, teacher.device])
     known = load(path, width)
     fresh: dict[bytes, Array] = {}
     names: list[bytes] = []

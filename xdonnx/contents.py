@@ -53,11 +53,15 @@ def is_number(text: str | float) -> bool:
 
 
 def content(path: Path) -> str:
-    """Return the hash of all that a path stands for, wherever it lies; see :func:`files_of`."""
+    """Return the hash of all that a path stands for, wherever it lies; see :func:`files_of`.
+
+    Of a single file it is the file's own.
+    """
     files = files_of(path)
     if path.is_dir():
         return digest(f"{name}\0{fingerprint(file)}\n".encode() for name, file in files.items())
-    return digest(fingerprint(file).encode() for file in files.values())
+    parts = [fingerprint(file) for file in files.values()]
+    return parts[0] if len(parts) == 1 else digest(part.encode() for part in parts)
 
 
 # For who reads the same files many times over, and knows that they stay as they are.

@@ -14,7 +14,7 @@ import onnx
 
 from xdonnx.contents import content, digest, files_of, read_by
 from xdonnx.errors import VerifyError
-from xdonnx.events import Event, Log, legible
+from xdonnx.events import Event, Log, hearing, legible
 from xdonnx.fidelity import compare
 from xdonnx.gate import of_a_job
 from xdonnx.limits import heavy_loss
@@ -30,6 +30,8 @@ from xdonnx.wanted import Job
 
 # Of the intervals in the report, where no gate asks for another.
 CONFIDENCE = 0.95
+# A refitted student whose error is so many times that of the given one is worse, noise considered.
+WORSE = 1.05
 # What a file says of its own worth.
 WORTH = ("held_out_agreement", "held_out_relative_l2")
 
@@ -40,17 +42,6 @@ class Judged:
 
     student: onnx.ModelProto
     report: Report
-
-
-def hearing(log: Log, heard: list[str]) -> Log:
-    """Pass events on, and keep the text of those that warn."""
-
-    def note(event: Event) -> None:
-        if event.level == "warning":
-            heard.append(event.text)
-        log(event)
-
-    return note
 
 
 def stamp(student: onnx.ModelProto, job: Job) -> None:
@@ -123,6 +114,13 @@ def judged(
         if report.exit_code not in (0, 3):
             raise VerifyError("; ".join(report.reasons))
     before = None if job.student is None else _before(job, job.student, held_out, how, heard)
+    was, now = worst_error(before), worst_error(report.fidelity)
+    if was is not None and now is not None and now > WORSE * was:
+        text = (
+            f"the refit made the student's answers worse: relative L2 {was:.4g} -> {now:.4g}.\n"
+            "  See with xdonnx match which layers were taken for each other, or give more samples."
+        )
+        how["log"](Event("verify", text, level="warning"))
     found = {"layers": tuple(layers), "warnings": (*heard, *report.warnings), "given": before}
     return Judged(student, report.model_copy(update=found))
 

@@ -40,6 +40,17 @@ def ignore(event: Event) -> None:
     """Drop the event: the default log of the library."""
 
 
+def hearing(log: Log, heard: list[str]) -> Log:
+    """Return a log that passes events on, and keeps the text of those that warn."""
+
+    def note(event: Event) -> None:
+        if event.level == "warning":
+            heard.append(event.text)
+        log(event)
+
+    return note
+
+
 def legible(text: str) -> str:
     """Return a text that can be written: names of files that are not UTF-8 hold what cannot, which becomes '?'."""
     return text.encode("utf-8", "replace").decode("utf-8")

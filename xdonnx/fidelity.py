@@ -229,7 +229,8 @@ def _batches(session: ort.InferenceSession, shots: Samples) -> bool:
     return twice and all(lengths(row, 1) == single for row in (len(shots) // 2, len(shots) - 1))
 
 
-def _classifies(output: object, rows: int) -> bool:
+def classifies(output: object, rows: int) -> bool:
+    """Whether an output of so many samples is a row of scores for each."""
     return (
         isinstance(output, np.ndarray)
         and output.dtype.kind == "f"
@@ -242,7 +243,7 @@ def _classifies(output: object, rows: int) -> bool:
 
 def _classifier(found: Mapping[str, Any], rows: int, labels: Array | None) -> str | None:
     """Return the output whose top-1 is compared: with labels the first that has a score for each of them."""
-    names = [name for name, output in found.items() if _classifies(output, rows)]
+    names = [name for name, output in found.items() if classifies(output, rows)]
     enough = [name for name in names if labels is not None and found[name].shape[1] > labels.max()]
     return next(iter(enough or names), None)
 

@@ -13,11 +13,13 @@ from xdonnx.augment import VIEWS, widened
 from xdonnx.convert import Program, checked, convert
 from xdonnx.crossval import Candidate
 from xdonnx.errors import JobError
-from xdonnx.given import GivenStudent
+from xdonnx.given import GivenStudent, nonzero
 from xdonnx.graph import Net
+from xdonnx.matching import doubtful
 from xdonnx.methods.bench import Bench, Trace
 from xdonnx.methods.cross import ALTERNATIVES, Cross
-from xdonnx.methods.crossing import FOLDS, Crossing
+from xdonnx.methods.crossing import Crossing
+from xdonnx.methods.layerwise import FOLDS
 from xdonnx.methods.mixing import Mixing
 from xdonnx.methods.pairwalk import meet
 from xdonnx.patch import Patch, cut
@@ -57,7 +59,8 @@ def refitted(
     layers : list of LayerResult
         By the teacher's layers.
     """
-    net, pairs = given.net, {pair.student[-1]: pair for pair in given.matching.pairs}
+    net = given.net
+    pairs = {pair.student[-1]: pair for pair in given.matching.pairs if not doubtful(pair)}
     zeros = _zeros(net)
     if zeros > MANY_ZEROS and any(not isinstance(method, Cross) for method in methods):
         raise JobError(
@@ -89,8 +92,7 @@ def refitted(
 
 def _zeros(net: Net) -> float:
     """Return the share of a net's weights that are zero."""
-    weights = [net.array(layer.weight) for layer in net.layers.values()]
-    return 1 - sum(map(np.count_nonzero, weights)) / max(1, sum(weight.size for weight in weights))
+    return 1 - nonzero(net) / max(1, sum(net.array(layer.weight).size for layer in net.layers.values()))
 
 
 def own_program(net: Net, shots: Shots, bench: Bench) -> Program:
@@ -125,6 +127,7 @@ def layer_rows(teacher: Net, given: GivenStudent, traces: Mapping[str, Trace]) -
         layer, parts = teacher.layers[pair.teacher], [given.net.layers[name] for name in pair.student]
         trace = traces.get(pair.student[-1])
         row = " → ".join(f"'{name}'" for name in pair.student)
+        note = f"{pair.confidence:.2f} sure by {pair.by}: {row} of the student"
         rows.append(
             LayerResult(
                 layer=pair.teacher,
@@ -138,7 +141,7 @@ def layer_rows(teacher: Net, given: GivenStudent, traces: Mapping[str, Trace]) -
                 objective_before=trace.objective_before if trace else None,
                 objective_after=trace.objective_after if trace else None,
                 seconds=round(trace.seconds, 4) if trace else None,
-                note=f"{row} of the student, by {pair.by}, confidence {pair.confidence:.2f}"[:200],
+                note=note if len(note) <= 200 else f"{note[:199]}…",
             )
         )
     return rows

@@ -13,8 +13,8 @@ from xdonnx.events import Event, Log, ignore
 from xdonnx.graph import Net, read_net
 from xdonnx.matches import MatchResult
 from xdonnx.matchfile import given_by
-from xdonnx.matching import DOUBTFUL, Matching, check_alike, match, side
-from xdonnx.model import differences, fingerprint, interface, read_proto
+from xdonnx.matching import ENOUGH, Matching, check_alike, doubtful, match, side
+from xdonnx.model import differences, interface, model_fingerprint, read_proto
 from xdonnx.runtime import open_session
 
 
@@ -79,7 +79,8 @@ def matched(
     by : Path, optional
         A file of the matching; what it says is taken as it is.
     log : Log
-        Warned of layers that are matched with none, and of those that are hardly alike, whoever matched them.
+        Warned of layers that are matched with none, of those that are too little alike to be refitted, and of those
+        that a file matches which are hardly alike.
 
     Raises
     ------
@@ -90,7 +91,7 @@ def matched(
     net = read_student(files[1], teacher, sizes)
     given = None
     if by is not None:
-        given = given_by(by, (teacher, net), (fingerprint(files[0]), fingerprint(files[1])))
+        given = given_by(by, (teacher, net), (model_fingerprint(files[0]), model_fingerprint(files[1])))
     log(Event("match", "Match its layers with the teacher's"))
     sides = []
     for file, one in zip(files, (teacher, net), strict=True):
@@ -104,16 +105,24 @@ def matched(
         log(Event("match", f"'{name}' of the student {why}: left as it is.", level="warning"))
     how = "was matched" if by is None else f"stands in '{by}'"
     for pair in found.pairs:
-        if pair.confidence < DOUBTFUL:
-            text = f"'{pair.student[-1]}' {how} with '{pair.teacher}' at a confidence of {pair.confidence:.2f} only."
-            log(Event("match", text, level="warning"))
+        text = f"'{pair.student[-1]}' {how} with '{pair.teacher}' at a confidence of {pair.confidence:.2f} only"
+        if doubtful(pair):
+            log(Event("match", f"{text}: left as it is.", level="warning"))
+        elif pair.confidence < ENOUGH and by is not None:
+            log(Event("match", f"{text}.", level="warning"))
     return GivenStudent(net, found)
 
 
-def check_matching(found: GivenStudent, files: tuple[Path, Path]) -> None:
+def nonzero(net: Net) -> int:
+    """Return how many weights of a net's layers are not zero."""
+    return sum(int(np.count_nonzero(net.array(layer.weight))) for layer in net.layers.values())
+
+
+def check_matching(found: GivenStudent, teacher: Net, files: tuple[Path, Path]) -> None:
     """Raise ModelError where the student is another teacher's; see :func:`xdonnx.matching.check_alike`."""
     again = f"xdonnx match {files[0]} {files[1]} --shots … -o match.toml, then --match match.toml"
-    check_alike(found.matching, (str(files[0]), str(files[1])), again)
+    swapped = nonzero(found.net) > nonzero(teacher)
+    check_alike(found.matching, (str(files[0]), str(files[1])), again, swapped=swapped)
 
 
 def match_results(matching: Matching, teacher: Net) -> tuple[MatchResult, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,19 @@ from xdonnx.augment import VIEWS, widened
 from xdonnx.budget import MEASURED, Plan, candidates, floor, macs, pretend
 from xdonnx.collection import Teacher, collect
 from xdonnx.convert import Program, checked, convert
-from xdonnx.delivery import WORTH, Judged, delivered, hearing, judged, stamp, worst_error
+from xdonnx.delivery import WORTH, Judged, delivered, judged, stamp, worst_error
 from xdonnx.devices import usable_device
 from xdonnx.errors import NothingToDo, ShotsError
-from xdonnx.events import Event, Log, ignore
+from xdonnx.events import Event, Log, hearing, ignore
 from xdonnx.fidelity import fixed_batch
 from xdonnx.foreign import refitted
-from xdonnx.given import GivenStudent, check_matching, match_results, matched
+from xdonnx.given import GivenStudent, check_matching, match_results, matched, nonzero
 from xdonnx.graph import Net, read_net
 from xdonnx.journal import Journal, open_journal
 from xdonnx.machine import machines_fault
 from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.training import set_apart
-from xdonnx.model import add_metadata, check_file, fingerprint, interface, read_proto, sized
+from xdonnx.model import add_metadata, check_file, interface, model_fingerprint, read_proto, sized
 from xdonnx.patch import Patch, cut, masked
 from xdonnx.paths import check_spared, check_student, partial_folder
 from xdonnx.planfile import plan_of
@@ -368,16 +369,11 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request
     sizes = {**{name: array.shape for name, array in fit.inputs.items()}, **job.input_shape}
     pool = asked.read_pool(sized(ports, {name: array.shape for name, array in fit.inputs.items()}), log)
     net = read_net(proto, sizes)
-    given = None
-    if job.student is not None:
-        files = (job.model, job.student)
-        given, plan = matched(files, net, fit.inputs, sizes, by=job.match, log=log), Plan("channel")
-        if fingerprint(job.student) == fingerprint(job.model):
-            raise NothingToDo(f"'{job.student}' is the teacher: nothing was removed from it.\n  Name a smaller file.")
-        if job.match is None:
-            check_matching(given, files)
+    given = None if job.student is None else _given(job, job.student, net, fit, sizes, log)
+    if given is not None:
+        plan = Plan("channel")
     else:
-        plan = plan_of(job.plan, net, fingerprint(job.model)) if job.plan else first_plan(net, budget)
+        plan = plan_of(job.plan, net, model_fingerprint(job.model)) if job.plan else first_plan(net, budget)
     batch = fixed_batch(ports, fit) or 1
     for part, does in ((fit, "fit"), (held_out, "judge")):
         if len(part) < batch:
@@ -388,3 +384,18 @@ def prepared(job: Job, log: Log = ignore, *, writes: bool = True, asked: Request
     # All of them, not only those drawn: one label beyond the classes means that they are numbered otherwise.
     check_asked(session, fit, job.gate, [part.labels for part in (whole, held) if not isinstance(part, float)])
     return Prepared(net, fit, held_out, plan, device, pool, given=given)
+
+
+def _given(job: Job, student: Path, net: Net, fit: Shots, sizes: Mapping[str, Sequence[int]], log: Log) -> GivenStudent:
+    """Return a given student, matched; raises where it is the teacher, another's, or lacks nothing."""
+    files = (job.model, student)
+    given = matched(files, net, fit.inputs, sizes, by=job.match, log=log)
+    if model_fingerprint(student) == model_fingerprint(job.model):
+        raise NothingToDo(f"'{student}' is the teacher: nothing was removed from it.\n  Name a smaller file.")
+    if job.match is None:
+        check_matching(given, net, files)
+        if nonzero(given.net) >= nonzero(net):
+            raise NothingToDo(
+                f"'{student}' has as many weights that are not zero as the teacher.\n  Name a student that lacks some."
+            )
+    return given

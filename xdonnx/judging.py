@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xdonnx.doctor import check_device
-from xdonnx.events import Event, Log, ignore
+from xdonnx.events import Log, hearing, ignore
 from xdonnx.gate import Gate
 from xdonnx.limits import heavy_loss
 from xdonnx.model import interface, read_proto, sized
@@ -51,12 +51,7 @@ def judged(
         Of the kind whose exit code fits.
     """
     heard: list[str] = []
-
-    def note(event: Event) -> None:
-        if event.level == "warning":
-            heard.append(event.text)
-        log(event)
-
+    note = hearing(log, heard)
     check_device(device)
     proto, session = read_proto(teacher), open_session(teacher)
     ports = sized(interface(proto).inputs, dict(input_shape or {}))

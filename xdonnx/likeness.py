@@ -80,8 +80,8 @@ def outputs_of(net: Net, inputs: Mapping[str, Array], batch: int = 8) -> dict[st
     fixed = net.interface.batch
     size = fixed if fixed else batch
     count = len(next(iter(inputs.values())))
-    if count < size:
-        raise ShotsError(f"the graph takes {size} samples at once, and there are {count}.\n  Give more samples.")
+    if fixed and count < fixed:
+        raise ShotsError(f"the graph takes {fixed} samples at once, and there are {count}.\n  Give more samples.")
     found: dict[str, list[Array]] = {name: [] for name in net.layers}
     for start in range(0, count - size + 1 if fixed else count, size):
         feed = {name: values[start : start + size] for name, values in inputs.items()}

@@ -17,6 +17,17 @@ STRICT: Mapping[str, tuple[str, float, str | None]] = {
     "removed": ("weights", 1, None),
 }
 CLOSER = "remove less, or give more samples; the most accurate is --method cross --preset-effort best"
+_QUICKER = "time both again where nothing else runs: xdonnx bench; --round-to 8 keeps widths that are fast"
+# What to try where a limit was broken.
+_NEXT = {
+    "max_drop": CLOSER,
+    "max_error": CLOSER,
+    "min_shrink": "remove more, as by --macs 30%",
+    "smaller": "remove more, as by --macs 30%",
+    "removed": "see what may go: xdonnx inspect",
+    "max_latency_ratio": _QUICKER,
+    "not_slower": _QUICKER,
+}
 # So many points surely lost, or such a relative error, are much, whatever the student is for.
 _HEAVY, _FAR = 5.0, 0.5
 
@@ -24,6 +35,13 @@ _HEAVY, _FAR = 5.0, 0.5
 def limited(report: Report) -> bool:
     """Whether a limit that somebody set was judged, or the job failed: without either nothing was passed."""
     return report.status != "passed" or any(gate.name not in STRICT for gate in report.gates)
+
+
+def next_step(report: Report) -> str:
+    """Return what to try where limits rejected a student; nothing where none did."""
+    broken = [gate.name for gate in report.gates if gate.level == "fail" and not gate.passed]
+    steps = dict.fromkeys(_NEXT[name] for name in broken if name in _NEXT)
+    return "; or ".join(steps) if report.status == "rejected" else ""
 
 
 def heavy_loss(fidelity: Fidelity | None, gates: Sequence[GateResult]) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def written(matching: Matching, nets: tuple[Net, Net], hashes: tuple[str, str], 
     matching : Matching
     nets : (teacher, student)
     hashes : (teacher, student)
-        From :func:`xdonnx.model.fingerprint`.
+        From :func:`xdonnx.model.model_fingerprint`.
     names : (teacher, student, file)
         Paths as they are typed.
     """

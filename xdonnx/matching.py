@@ -223,15 +223,16 @@ class _Search:
         whole = known is not None and (known >= 0).all() and len(set(known.tolist())) == len(known)
         key = (name, row, parents, whole)
         if key not in self.known:
-            inputs = _inputs(student.net, first, teacher.net, layer, partial.labels)
+            alone = any(end is None for source, end in parents if source in teacher.net.layers)
+            inputs = _inputs(student.net, first, teacher.net, layer, partial.labels, alone=alone)
+            own = self.given[name].channels if name in self.given else None
             found = alike(
                 (teacher.weight((name,)), teacher.outputs[name]),
                 (student.weight(row), student.outputs[row[-1]]),
                 inputs,
-                known if whole else None,
+                own if own is not None else known if whole else None,
             )
-            own = self.given[name].channels if name in self.given else None
-            self.known[key] = (found if own is None else replace(found, channels=own)), inputs
+            self.known[key] = found, inputs
         return self.known[key]
 
 
@@ -262,7 +263,12 @@ def _listed(row: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in row)
 
 
-def check_alike(matching: Matching, names: tuple[str, str], again: str) -> None:
+def doubtful(pair: Pair) -> bool:
+    """Whether a pair that nobody vouches for is too little alike to be refitted."""
+    return pair.by != "file" and pair.confidence < DOUBTFUL
+
+
+def check_alike(matching: Matching, names: tuple[str, str], again: str, *, swapped: bool = False) -> None:
     """Raise ModelError for a student that is another teacher's, as far as can be seen.
 
     Parameters
@@ -272,6 +278,8 @@ def check_alike(matching: Matching, names: tuple[str, str], again: str) -> None:
         Their files.
     again : str
         The command that writes the matching to a file, for the message.
+    swapped : bool
+        Whether the student is the larger of the two.
     """
     if matching.pairs and matching.confidence >= ENOUGH:
         return
@@ -285,6 +293,7 @@ def check_alike(matching: Matching, names: tuple[str, str], again: str) -> None:
         f"'{names[1]}' does not look like a student of '{names[0]}': their layers match with a confidence of "
         f"{_down(matching.confidence)}, and {ENOUGH} is the least.\n  "
         + "\n  ".join(lines)
+        + ("\n  It is the larger of the two: is it the teacher?" if swapped else "")
         + f"\n  If it is one, correct the matching and pass it: {again}"
     )
 
@@ -309,15 +318,24 @@ def _share(wanted: frozenset[str], found: frozenset[str]) -> float:
     return len(wanted & found) / len(both) if both else 1.0
 
 
-def _inputs(student: Net, first: Layer, teacher: Net, layer: Layer, labels: Mapping[int, int]) -> Array | None:
-    """Return which of the teacher's input channels each of the student's is; None where their numbers say nothing."""
+def _inputs(
+    student: Net, first: Layer, teacher: Net, layer: Layer, labels: Mapping[int, int], *, alone: bool
+) -> Array | None:
+    """Return which of the teacher's input channels each of the student's is; None where their numbers say nothing.
+
+    Parameters
+    ----------
+    alone : bool
+        Whether the teacher's layer reads one that was matched with none.
+    """
     ours, theirs = _read(student, first), _read(teacher, layer)
     if ours is None or theirs is None:
         return None
     found = _translated(ours, theirs, labels)
     if found is None:
-        # Nothing is known of any, as of the channels of an image: as many of both are the same.
-        return np.arange(len(ours)) if len(ours) == len(theirs) else None
+        # Nothing is known of any, as of the channels of an image: as many of both are the same. Those that come from a
+        # layer without a pair may be in any order.
+        return np.arange(len(ours)) if len(ours) == len(theirs) and not alone else None
     return found
 
 

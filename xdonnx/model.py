@@ -122,9 +122,9 @@ def read_proto(path: str | Path) -> onnx.ModelProto:
 def check_file(path: Path) -> None:
     """Raise ModelError where no model can be read from there, without reading it."""
     if path.is_dir():
-        raise ModelError(f"'{path}' is a folder, and MODEL is one .onnx file.\n  Name the file in it.")
+        raise ModelError(f"'{path}' is a folder, and a model is one .onnx file.\n  Name the file in it.")
     if not path.is_file():
-        raise ModelError(f"no model at '{path}'.\n  Check the path; MODEL is one .onnx file.")
+        raise ModelError(f"no model at '{path}'.\n  Check the path; it has to be one .onnx file.")
     if pointer := unfetched(path):
         raise ModelError(pointer)
 
@@ -338,6 +338,15 @@ def fingerprint(path: str | Path) -> str:
     """Return the file's SHA-256 in hex."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_fingerprint(path: str | Path) -> str:
+    """Return the SHA-256 of a model in hex: of its file, and of the weights that it keeps outside where it does.
+
+    Files that are missing are left out: who reads the model tells of them.
+    """
+    parts = [fingerprint(file) for file in model_files(path) if file.is_file()]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def model_files(path: str | Path) -> list[Path]:

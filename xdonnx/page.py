@@ -49,7 +49,8 @@ def page(report: Report) -> str:
     )
     # Without a limit nothing was passed: a green word would say more than is known.
     judged = limited(report)
-    whole = _whole(report.layers)
+    # Of a given student nothing was to go; which of its layers are the teacher's stands beside each.
+    whole = {} if report.matches else _whole(report.layers)
     rows = _rows(report)
     return templates.get_template("report.html").render(
         report=report,
@@ -78,11 +79,17 @@ def page(report: Report) -> str:
         facts=list(_facts(report)),
         files=[
             {"name": name, "path": file.path, "sha256": file.sha256, "size": f"{file.bytes:,} bytes"}
-            for name, file in (*dict(report.files).items(), *report.files.read.items())
+            for name, file in (*dict(report.files).items(), *_read(report))
             if isinstance(file, FileInfo)
         ],
         job=json.dumps(report.job, indent=2, ensure_ascii=False) if report.job else "",
     )
+
+
+def _read(report: Report) -> Iterator[tuple[str, FileInfo]]:
+    """Yield the other files that a job read; its student is not the one that it made."""
+    for name, file in report.files.read.items():
+        yield "given student" if name == "student" else name, file
 
 
 def _title(report: Report) -> str:

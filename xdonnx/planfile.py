@@ -95,7 +95,7 @@ def make_planfile(net: Net, plan: Plan, curves: Mapping[int, Points], teacher: s
     curves : {group: points}
         What was measured. Groups that have a curve are written even where they keep all their channels.
     teacher : str
-        From :func:`xdonnx.model.fingerprint`.
+        From :func:`xdonnx.model.model_fingerprint`.
     target : str
         What was asked for.
     """

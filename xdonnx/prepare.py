@@ -103,10 +103,12 @@ def _give_each_reader_its_own(graph: ir.Graph) -> None:
     """
     for name, value in list(graph.initializers.items()):
         array = constant(value)
-        if array is None or not 1 < array.size <= _SMALL:
+        if array is None or not 0 < array.size <= _SMALL:
             continue
         for user, position in list(value.uses())[1:]:
-            if position == 1 and user.op_type in (*_FOLDABLE_INTO, "MatMul"):
+            layer = user.op_type in (*_FOLDABLE_INTO, "MatMul")
+            # Of single numbers a bias alone is a parameter; the others are factors, limits and the like.
+            if (layer and position == 1) or (array.size == 1 and not (layer and position == 2)):
                 continue
             if user.graph is graph:
                 own = add_initializer(graph, f"{name}_of_{user.outputs[0].name}", array)

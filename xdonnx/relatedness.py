@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from xdonnx.errors import ModelError
+from xdonnx.fidelity import classifies
 from xdonnx.graph import infer_shapes
 from xdonnx.model import interface
 from xdonnx.runtime import answer, open_session
@@ -298,10 +299,7 @@ def _scores(proto: onnx.ModelProto, fed: Mapping[str, Array], rows: int) -> str 
     """Return the value that classifies, before any softmax: that behind the first output that is a row of scores."""
     found = answer(open_session(proto), fed)
     for port in proto.graph.output:
-        value = found[port.name]
-        if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim not in (2, 4):
-            continue
-        if value.shape[0] == rows and value.shape[1] > 1 and value.shape[2:] in ((), (1, 1)):
+        if classifies(found[port.name], rows):
             return _before(proto, port.name, frozenset({"Softmax", "LogSoftmax", "Identity"}))
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from xdonnx.limits import CLOSER, heavy_loss, limited
+from xdonnx.limits import heavy_loss, limited, next_step
 from xdonnx.report import LayerResult, Report, gate_figures, judged_by
 from xdonnx.tries import tried
 
@@ -13,17 +13,6 @@ from xdonnx.tries import tried
 _MARKS = re.compile(r"[\\|<>&`*\[\]~]|(?<![^\W_])_|_(?![^\W_])")
 
 _LINES = 60
-_QUICKER = "time both again where nothing else runs: xdonnx bench; --round-to 8 keeps widths that are fast"
-# What to try where a limit was broken.
-_NEXT = {
-    "max_drop": CLOSER,
-    "max_error": CLOSER,
-    "min_shrink": "remove more, as by --macs 30%",
-    "smaller": "remove more, as by --macs 30%",
-    "removed": "see what may go: xdonnx inspect",
-    "max_latency_ratio": _QUICKER,
-    "not_slower": _QUICKER,
-}
 
 
 def summary(report: Report) -> str:
@@ -34,10 +23,8 @@ def summary(report: Report) -> str:
     if heavy_loss(report.fidelity, report.gates):
         lines += ["**Much is lost**, see the warnings.", ""]
     lines += _bullets(report.reasons, 6)
-    broken = [gate.name for gate in report.gates if gate.level == "fail" and not gate.passed]
-    steps = dict.fromkeys(_NEXT[name] for name in broken if name in _NEXT)
-    if report.status == "rejected" and steps:
-        lines += [f"Next: {_plain('; or '.join(steps))}.", ""]
+    if step := next_step(report):
+        lines += [f"Next: {_plain(step)}.", ""]
     if report.gates:
         lines += ["| gate | measured | judged | limit | |", "|---|---|---|---|---|"]
         for gate in report.gates:

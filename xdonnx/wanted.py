@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from xdonnx.errors import JobError, did_you_mean
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
 from xdonnx.machine import parsed_bytes
-from xdonnx.methods import REFITTING, REFITTING_EFFORTS, make
+from xdonnx.methods import REFITTING, REFITTING_EFFORTS, REMOVING, UNFITTED, make
 from xdonnx.mistakes import mistake
 from xdonnx.planfile import read_planfile
 from xdonnx.pool import check_draw
@@ -247,11 +248,16 @@ class Job(BaseModel):
                 f"--method {names[0]} removes nothing: it trains what another method left.\n"
                 f"  Put one before it: --method cross --method {names[0]}."
             )
+        if self.student is None:
+            _check_chain(names)
         defaults = {"connection": "auto", "solver": "auto", "effort": "balanced", "adversarial": True}
         for name, value in options.items():
             if value != defaults.get(name) and not any(hasattr(method, name) for method in made):
                 flag = {"effort": "preset-effort", "adversarial": "no-adversarial"}.get(name, name)
-                raise JobError(f"--{flag} is no option of --method {' or '.join(self.method)}.\n  Leave it out.")
+                instead = ", or add --method squeeze" if name == "adversarial" else ""
+                raise JobError(
+                    f"--{flag} is no option of --method {' or '.join(self.method)}.\n  Leave it out{instead}."
+                )
         check_draw(self.pool_draw)
         if not self.pool and self.pool_draw != "preferential":
             raise JobError(f"--pool-draw {self.pool_draw} says how images are drawn from --pool.\n  Pass --pool PATH.")
@@ -264,6 +270,16 @@ class Job(BaseModel):
         for method in made:
             method.check(self.structure)
         return made
+
+
+def _check_chain(names: Sequence[str]) -> None:
+    """Raise JobError where a method would choose anew what goes, and so undo or add to what others did before it."""
+    for before, name in pairwise(names):
+        if (name in REMOVING and before not in UNFITTED) or name in UNFITTED:
+            raise JobError(
+                f"--method {name} decides what goes and starts from the teacher's weights: behind {before} it would "
+                "undo what that fitted.\n  Put it first, or leave one of the two out."
+            )
 
 
 def check_smallest(gate: Gate) -> None:

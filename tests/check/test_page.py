@@ -11,8 +11,9 @@ import pytest
 from reports import PIXEL, full_report, gate, layer, shot
 
 from xdonnx.limits import limited
+from xdonnx.matches import MatchResult
 from xdonnx.page import page
-from xdonnx.report import Fidelity, LayerResult, OutputError, Report
+from xdonnx.report import Fidelity, FileInfo, LayerResult, OutputError, Report
 from xdonnx.sheet import INDICATORS, PoolImage, PoolSheet
 from xdonnx.summary import summary
 
@@ -114,6 +115,16 @@ def test_layers_that_stayed_whole_are_listed_by_reason() -> None:
     layers = (whole("a", "read by 'Resize'"), whole("b", ""), whole("c", "read by 'Resize'"), layer(9, 0.5))
     text = Reader(page(full_report(layers=layers))).text
     assert "3 of 4 layers read by 'Resize' (2) a, c left whole by the target (1) b" in text
+
+
+def test_a_report_on_a_given_student_lists_nothing_as_whole_and_tells_both_students_apart() -> None:
+    row = layer(0, None).model_copy(update={"kept": 8, "units": 8, "note": "0.98 sure by weights: 'a' of the student"})
+    match = MatchResult(teacher=row.layer, student=("a",), kept=8, units=8, confidence=0.98, by="weights")
+    read = {"student": FileInfo(path="given.onnx", sha256="ab", bytes=7)}
+    report = full_report(layers=(row,), matches=(match,))
+    text = Reader(page(report.model_copy(update={"files": report.files.model_copy(update={"read": read})}))).text
+    assert "What stayed whole" not in text and "0.98 sure by weights: 'a' of the student" in text
+    assert "given student given.onnx 7 bytes" in text
 
 
 def test_the_plot_gives_its_script_every_layer_and_the_table_says_it_without() -> None:

@@ -31,6 +31,22 @@ def test_batch_normalization_disappears_into_the_layer_before_it(kind: str) -> N
     same_interface(teacher, folded)
 
 
+def test_a_bias_of_one_number_is_a_layers_own_and_a_limit_of_one_number_is_none() -> None:
+    teacher = nets.from_text("""
+g (float[N,3,6,6] image, float[1,3,1,1] w, float[1,3,1,1] v, float[1] b, float low)
+  => (float[N,1,6,6] out, float[N,1,6,6] also) {
+  c = Conv (image, w, b)
+  d = Conv (image, v, b)
+  out = Clip (c, low)
+  also = Clip (d, low)
+}""")
+    model = prepare(teacher)
+    biases = [node.inputs[2].name for node in model.graph if node.op_type == "Conv"]
+    limits = {node.inputs[1].name for node in model.graph if node.op_type == "Clip"}
+    assert len(set(biases)) == 2 and biases[0] == "b" and limits == {"low"}
+    same_answers(teacher, ir.to_proto(model), nets.samples(teacher), tolerance=2e-6)
+
+
 def test_batch_normalization_of_a_value_with_two_readers_stays() -> None:
     teacher = nets.from_text("""
 g (float[N,3,6,6] image, float[6,3,3,3] w, float[6] s, float[6] h, float[6] m, float[6] v) => (float[N,6,4,4] out) {

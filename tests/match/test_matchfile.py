@@ -14,10 +14,12 @@ import numpy as np
 import onnx
 import pytest
 
+from xdonnx.budget import Budget, make_plan
 from xdonnx.errors import JobError
 from xdonnx.graph import read_net
 from xdonnx.matchfile import given_by, write_matchfile, written
 from xdonnx.matching import match, side
+from xdonnx.patch import Patch, cut
 from xdonnx_cli.app import run
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -160,8 +162,24 @@ def test_the_command_refuses_a_stranger_and_still_writes_what_it_guessed(
     assert run(["match", str(TEACHER), other, *shots(), "-o", "match.toml"]) == 4
     told = capsys.readouterr()
     assert "does not look like a student" in told.err and Path("match.toml").exists()
+    assert "Wrote match.toml, to be corrected" in told.out
     assert run(["compress", str(TEACHER), "--student", other, *shots(), "-o", "out.onnx"]) == 4
     assert not Path("out.onnx").exists()
+
+
+def test_teacher_and_student_in_the_wrong_order_are_suspected_and_quiet_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = read_net(onnx.load(TEACHER))
+    plan = make_plan(net, Budget("keep", 0.5)).channels
+    drop = [int(label) for at, keep in plan.items() for label in net.groups[at].ids[keep:]]
+    onnx.save(cut(net, Patch({}, frozenset(drop))), "small.onnx")
+
+    assert run(["match", "small.onnx", str(TEACHER), *shots(), "-q"]) == 4
+    assert "It is the larger of the two: is it the teacher?" in capsys.readouterr().err
+    assert run(["match", str(TEACHER), "small.onnx", *shots(), "-q"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("MATCH  confidence ")
 
 
 def test_bad_arguments_are_told_before_any_work(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,15 @@ def test_layers_that_keep_their_single_weights_say_why() -> None:
     assert any(notes.values())
 
 
+def test_a_layer_that_training_moved_still_says_why_it_kept_its_weights() -> None:
+    net = read_net(nets.build("residual"))
+    first, second, *_ = [layer for layer in net.layers.values() if layer.op == "Conv"]
+    moved = {first.weight: 1.1 * net.array(first.weight), second.weight: net.array(second.weight).copy()}
+    moved[second.weight].flat[0] = 0
+    notes = {row.layer: row.note for row in layer_results(net, Outcome(Patch(tensors=moved)), "element")}
+    assert notes[first.name] == "the first convolution keeps its weights" and notes[second.name] == ""
+
+
 def test_a_job_that_may_cut_residual_streams_gives_no_stream_as_a_reason() -> None:
     net = read_net(nets.build("residual"))
     notes = {

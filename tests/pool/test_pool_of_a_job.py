@@ -103,6 +103,15 @@ def test_mistakes_are_one_error_and_nothing_is_written(
     assert ended.err.count("error:") == 1 and not Path("s.onnx").exists()
 
 
+def test_a_pool_of_few_images_is_a_warning(pool: Path) -> None:
+    for images, warned in (("pool/01.png", True), (pool, False)):
+        line = ("compress", TEACHER, *HOW, *FAST, "--pool", images, "--skip-bad", "--method", "cross", "-o", "out.onnx")
+        ended = call(*line, "--force")
+        assert ended.code == 0, ended.err
+        words = "the pool has 1 image only, drawn over and over"
+        assert (words in " ".join(ended.out.split())) is warned
+
+
 def test_a_dry_run_finds_the_pool_and_scores_nothing(pool: Path, cache: Path) -> None:
     assert call("compress", TEACHER, *HOW, "--pool", pool, "-o", "s.onnx", "--dry-run").code == 0
     assert call("compress", TEACHER, *HOW, "--pool", "none", "-o", "s.onnx", "--dry-run").code == 5

@@ -80,6 +80,9 @@ METHODS: Mapping[str, Entry] = {
 }
 
 
+# Those that decide what goes, and of these the ones that leave weights as they were, so that another may fit them.
+REMOVING = frozenset({"cross", "thinet", "channel-pruning", "fskd", "l1-norm"})
+UNFITTED = frozenset({"l1-norm"})
 # Those that draw from a pool of unlabelled images.
 POOLED = frozenset({"cross", "tune", "squeeze", "fitnet"})
 # Those that can refit a student which another tool made, and the efforts that they know there.

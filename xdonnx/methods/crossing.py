@@ -32,17 +32,17 @@ from xdonnx.crossval import Candidate, measure_folds
 from xdonnx.graph import Net
 from xdonnx.methods.bench import Trace
 from xdonnx.methods.joint import WIDEST
-from xdonnx.methods.layerwise import LEAST_RIDGE, MOST_FOLDED
-from xdonnx.methods.mixing import Mixing, keep
+from xdonnx.methods.layerwise import FOLDS, LEAN, LEAST_RIDGE, MOST_FOLDED
+from xdonnx.methods.mixing import Mixing, keep, trace
 from xdonnx.methods.pairwalk import Meeting, Weights
 from xdonnx.moments import WIDEST_FOLDED, enough, paired
 from xdonnx.shelf import Chunks
 from xdonnx.solve import refit
 
-FOLDS, LEAN = 3, 0.05
-
 # A share of zeros above which a weight counts as thinned out: fewer may be chance.
 FEW_ZEROS = 0.01
+# What is left of two constants that cancel, as a share of them.
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +84,20 @@ class Crossing:
     traces: list[Trace] = field(default_factory=list)
 
     def __call__(self, meeting: Meeting) -> Weights | None:
-        """Refit one layer; None where it shares its weight."""
-        layer, began = meeting.layer, time.perf_counter()
-        if layer.weight in self.net.shared:
+        """Refit one layer; None where it shares its weight, or nothing can be done for it."""
+        began = time.perf_counter()
+        if meeting.layer.weight in self.net.shared:
             return None
-        if len(layer.columns) > WIDEST:
-            return self._mixed(meeting)
-        bias = meeting.bias is not None
+        wide = len(meeting.layer.columns) > WIDEST
+        weights = self._mixed(meeting) if wide else self._solved(meeting)
+        if weights is not None:
+            keep(self.tensors, meeting, weights)
+            self.traces.append(trace(meeting, weights, self.rectified, began))
+        return weights
+
+    def _solved(self, meeting: Meeting) -> Weights:
+        """Refit all weights of a layer."""
+        layer, bias = meeting.layer, meeting.bias is not None
         own = to_matrix(meeting.weight, meeting.bias, meeting.geometry).double()
         folds = FOLDS if len(layer.columns) <= WIDEST_FOLDED and own.numel() <= MOST_FOLDED else 1
         crossed = self._teacher_matrix(meeting)
@@ -103,27 +110,16 @@ class Crossing:
         matrix = _chosen(parts, [ridge for _, ridge in candidates], own, bias=bias)
         weight, fitted = from_matrix(matrix, meeting.geometry, bias, tuple(meeting.weight.shape))
         weights = (weight.to(meeting.weight), None if fitted is None else fitted.to(meeting.weight))
-        if len(self.candidates) > 1 and not _thinned(own, bias=bias):
-            target = meeting.whole_target()
-            mixing = Mixing(self.net, self.rows, self.samples, self.rectified)
-            weights = mixing(replace(meeting, weight=weights[0], bias=weights[1], target=target)) or weights
-            matrix = to_matrix(*weights, meeting.geometry).double()
-        keep(self.tensors, meeting, weights)
-        judge = _mean([part.judge for part in parts], [part.count for part in parts])
-        energy = max(float(judge.const.sum()), 1e-30)
-        before, after = (max(float(judge(one)), 0.0) / energy for one in (own, matrix))
-        self.traces.append(Trace(layer.name, before, after, time.perf_counter() - began))
-        return weights
+        if len(self.candidates) == 1:
+            return weights
+        return self._mixed(replace(meeting, weight=weights[0], bias=weights[1])) or weights
 
     def _mixed(self, meeting: Meeting) -> Weights | None:
-        """Mend a layer with more columns than a system can have by a mixture of its outputs; None if it is thinned."""
+        """Mend a layer by a mixture of its outputs alone; None where that would fill zeros of a thinned one."""
         if _thinned(to_matrix(meeting.weight, None, meeting.geometry), bias=False):
             return None
         mixing = Mixing(self.net, self.rows, self.samples, self.rectified)
-        weights = mixing(replace(meeting, target=meeting.whole_target()))
-        self.tensors.update(mixing.tensors)
-        self.traces += mixing.traces
-        return weights
+        return mixing.fitted(replace(meeting, target=meeting.whole_target()))
 
     def _teacher_matrix(self, meeting: Meeting) -> tuple[Tensor, Chunks, Chunks] | None:
         """Return the teacher's weights on the student's outputs, and what both read, in the student's channels first.
@@ -133,9 +129,9 @@ class Crossing:
         pair, ours, theirs = meeting.pair, meeting.layer, meeting.teacher
         same = ours.kernel == theirs.kernel and ours.dilations == theirs.dilations and ours.pads == theirs.pads
         inputs = pair.inputs
-        if len(pair.student) > 1 or not same or inputs is None or ours.op != theirs.op:
+        if len(pair.student) > 1 or not same or inputs is None or (ours.kernel and ours.op != theirs.op):
             return None
-        if (inputs < 0).any() or len(set(inputs.tolist())) < len(inputs) or (theirs.bias and not ours.bias):
+        if (inputs < 0).any() or len(set(inputs.tolist())) < len(inputs):
             return None
         weight, bias = layer_tensors(self.teacher, theirs, meeting.weight.device)
         weight, axis = weight[pair.channels], 1 if ours.kernel else -1
@@ -156,9 +152,13 @@ class Crossing:
             ]
         else:
             return None
-        given = None
-        if ours.bias:
-            given = weight.new_zeros(len(weight)) if bias is None else bias[pair.channels]
+        scale, shift = meeting.scale.to(weight), meeting.shift.to(weight)
+        weight = weight * scale.reshape([-1] + [1] * (weight.ndim - 1))
+        constant = shift if bias is None else scale * bias[pair.channels] + shift
+        if meeting.bias is None and bool((constant.abs() > ROUNDING * shift.abs().max()).any()):
+            # What only a bias could do is left to a fit to the outputs.
+            return None
+        given = None if meeting.bias is None else constant
         return to_matrix(weight, given, meeting.geometry).double(), both, source
 
     def _how(self, meeting: Meeting) -> dict[str, Any]:

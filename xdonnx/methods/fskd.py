@@ -28,15 +28,13 @@ from xdonnx.graph import Net
 from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.joint import producer_norms
 from xdonnx.methods.layerwise import Rule, layerwise
+from xdonnx.methods.mixing import LEAST
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots
 from xdonnx.solve import Greedy
 
 PULL = 1e-6
 """Of Q toward the identity, relative to the mean energy of the outputs."""
-
-LEAST = 1e-10
-"""Below that pull the systems could be singular."""
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from xdonnx.columns import Geometry, from_matrix, spread, to_matrix
 from xdonnx.convert import run_layer, stored
 from xdonnx.graph import Net
 from xdonnx.methods.bench import Trace
+from xdonnx.methods.layerwise import FOLDS
 from xdonnx.methods.pairwalk import Meeting, Weights
 
 # Pulls of Q toward the identity that folds choose among, relative to the mean energy of the outputs.
 PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Below this the systems could be singular.
 LEAST = 1e-10
-FOLDS = 3
 # Positions that are looked at, of all samples together, and steps that a ReLU is worth.
 POSITIONS, STEPS = 16384, 20
 
@@ -126,9 +126,17 @@ class Mixing:
 
     def __call__(self, meeting: Meeting) -> Weights | None:
         """Fit and merge one layer; None where it shares its weight."""
-        layer, began = meeting.layer, time.perf_counter()
-        if layer.weight in self.net.shared:
+        began = time.perf_counter()
+        if meeting.layer.weight in self.net.shared:
             return None
+        weights = self.fitted(meeting)
+        keep(self.tensors, meeting, weights)
+        self.traces.append(trace(meeting, weights, self.rectified, began))
+        return weights
+
+    def fitted(self, meeting: Meeting) -> Weights:
+        """Return the layer's weights with the 1x1 layer merged that brings its outputs closest to the target."""
+        layer = meeting.layer
         made = [run_layer(layer, x, meeting.weight, meeting.bias) for x in meeting.source]
         ours, theirs = (self._seen(chunks, meeting) for chunks in (made, meeting.target))
         owners = torch.arange(self.rows, device=ours[0].device) % max(1, self.samples) % FOLDS
@@ -144,14 +152,8 @@ class Mixing:
         if layer.name in self.rectified:
             matrix = _rectified(solve, matrix, z, y)
         mixer = Mixer(matrix[..., : y.shape[1]], matrix[..., -1] if meeting.bias is not None else None)
-        weights = mixer.merged(meeting.weight, meeting.bias, meeting.geometry)
         self.mixers[layer.name] = mixer
-        keep(self.tensors, meeting, weights)
-        energy = max(float(whole.yy.sum()), 1e-30)
-        same = torch.eye(y.shape[1], z.shape[1]).to(z).expand_as(matrix)
-        before, after = (max(whole.error(one), 0.0) / energy for one in (same, matrix))
-        self.traces.append(Trace(layer.name, before, after, time.perf_counter() - began))
-        return weights
+        return mixer.merged(meeting.weight, meeting.bias, meeting.geometry)
 
     def _seen(self, chunks: Sequence[Tensor], meeting: Meeting) -> tuple[Tensor, Tensor]:
         """Return outputs at the positions that are looked at: (rows, positions of each), and (g, o, positions)."""
@@ -204,6 +206,30 @@ def _rectified(solve: _Solver, start: Tensor, z: Tensor, y: Tensor) -> Tensor:
         before, now = now, solve((wanted @ z.mT).double())
         ahead = now + step / (step + 3) * (now - before)
     return now
+
+
+def trace(meeting: Meeting, weights: Weights, rectified: frozenset[str], began: float) -> Trace:
+    """Return what new weights changed in the error of a layer's outputs, of what passes the ReLU where one reads them.
+
+    Parameters
+    ----------
+    meeting : Meeting
+    weights : (weight, bias)
+    rectified : frozenset of str
+        The student's layers that nothing but a ReLU reads.
+    began : float
+        When work on the layer began, by `time.perf_counter`.
+    """
+    passed = meeting.layer.name in rectified
+    wrong, energy = [0.0, 0.0], 0.0
+    for x, target in zip(meeting.source, meeting.whole_target(), strict=True):
+        wanted = target.clamp(min=0) if passed else target
+        energy += float(wanted.double().square().sum())
+        for at, one in enumerate(((meeting.weight, meeting.bias), weights)):
+            made = run_layer(meeting.layer, x, *one)
+            wrong[at] += float(((made.clamp(min=0) if passed else made) - wanted).double().square().sum())
+    before, after = (each / max(energy, 1e-30) for each in wrong)
+    return Trace(meeting.layer.name, before, after, time.perf_counter() - began)
 
 
 def keep(tensors: dict[str, np.ndarray], meeting: Meeting, weights: Weights) -> None:

@@ -24,6 +24,7 @@ from xdonnx.shelf import Chunks
 from xdonnx.walk import addends, chunked
 
 Weights = tuple[Tensor, Tensor | None]
+Affine = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +41,13 @@ class Meeting:
     source : list of Tensor
         What it reads, chunk by chunk.
     target : list of Tensor
-        What the teacher's layer puts out, of the channels that the student has, in the student's order.
+        What the layer should put out for both networks to go on alike: what the teacher's does, of the channels that
+        the student has, in the student's order, by `scale` and `shift`.
     teacher : Layer
     teacher_source : list of Tensor
         What the teacher's layer reads.
+    scale, shift : (outputs,) Tensor
+        1 and 0 unless what constants do to the outputs behind the layer is not the same in both networks.
     beside : (teacher, student) lists of Tensor, optional
         What the outputs of both layers are added to, where that is known already and alike: the other branch of a
         residual block, of the channels that the student has.
@@ -58,6 +62,8 @@ class Meeting:
     target: Chunks
     teacher: Layer
     teacher_source: Chunks
+    scale: Tensor
+    shift: Tensor
     beside: tuple[Chunks, Chunks] | None = None
 
     def whole_target(self) -> Chunks:
@@ -136,7 +142,7 @@ def meet(
             weights = own_weights(net, layer, tensors, program.device)
             if layer.name in pairs:
                 log(Event("fit", layer.name, done=done, total=len(pairs)))
-                meeting = _meeting(ahead, pairs[layer.name], layer, weights, values[layer.input])
+                meeting = _meeting(ahead, pairs[layer.name], layer, weights, values[layer.input], student)
                 if layer.name in beside:
                     other, own = beside[layer.name]
                     meeting = replace(meeting, beside=_alike(ahead.take(other), values[own], meeting))
@@ -148,13 +154,64 @@ def meet(
                 values.pop(name, None)
 
 
-def _meeting(ahead: _Ahead, pair: Pair, layer: Layer, weights: Weights, source: Chunks) -> Meeting:
+def _meeting(
+    ahead: _Ahead, pair: Pair, layer: Layer, weights: Weights, source: Chunks, student: tuple[Net, Program]
+) -> Meeting:
     theirs = ahead.net.layers[pair.teacher]
     teacher_source = ahead.take(theirs.input)
     axis = 1 if layer.kernel else -1
     channels = torch.tensor(pair.channels, device=ahead.program.device)
     target = [value.index_select(axis, channels) for value in ahead.take(pair.teacher)]
-    return Meeting(pair, layer, geometry(layer), *weights, source, target, theirs, teacher_source)
+    scale, shift = _relation(_behind(ahead.net, ahead.program, theirs), _behind(*student, layer), channels)
+    if bool((scale != 1).any() or (shift != 0).any()):
+        by, plus = (value.reshape([-1] + [1] * len(layer.kernel)).to(target[0]) for value in (scale, shift))
+        target = [by * value + plus for value in target]
+    return Meeting(pair, layer, geometry(layer), *weights, source, target, theirs, teacher_source, scale, shift)
+
+
+def _relation(teacher: Affine, student: Affine, channels: Tensor) -> Affine:
+    """Return what turns the teacher's output into the one that leads the student to the same value behind."""
+    (by, plus), (own_by, own_plus) = (value[channels] for value in teacher), student
+    # A channel that the student multiplies by zero may be anything.
+    safe = torch.where(own_by == 0, 1.0, own_by)
+    same = (by == own_by) & (plus == own_plus)
+    return torch.where(same | (own_by == 0), 1.0, by / safe), torch.where(same, 0.0, (plus - own_plus) / safe)
+
+
+def _behind(net: Net, program: Program, layer: Layer) -> Affine:
+    """Return what constants alone do to a layer's outputs before anything else reads them, channel by channel.
+
+    One file has a bias in its layer where another adds it behind, and the like is done with a normalisation.
+    """
+    outputs = len(layer.out_ids)
+    by, plus = (value.to(program.device) for value in (torch.ones(outputs).double(), torch.zeros(outputs).double()))
+    name = layer.name
+    while name not in program.outputs:
+        readers = [step for step in program.steps if name in step.inputs]
+        if len(readers) != 1 or readers[0].op not in ("Add", "Sub", "Mul", "Div") or len(readers[0].inputs) != 2:
+            break
+        step = readers[0]
+        other = step.inputs[step.inputs[0] == name]
+        constant = _by_channel(program.constants.get(other), outputs, len(layer.kernel))
+        if constant is None or (step.op in ("Sub", "Div") and step.inputs[0] != name):
+            break
+        if step.op in ("Add", "Sub"):
+            plus = plus + constant if step.op == "Add" else plus - constant
+        else:
+            factor = constant if step.op == "Mul" else 1 / constant
+            by, plus = by * factor, plus * factor
+        name = step.outputs[0]
+    return by, plus
+
+
+def _by_channel(constant: Tensor | None, outputs: int, axes: int) -> Tensor | None:
+    """Return a constant as one number for each channel, the axes of positions behind it; None where it is not that."""
+    if constant is None or not constant.is_floating_point():
+        return None
+    if constant.numel() == 1:
+        return constant.double().reshape(1).expand(outputs)
+    shape = [1] * max(0, constant.ndim - axes - 1) + [outputs] + [1] * axes
+    return constant.double().reshape(outputs) if list(constant.shape) == shape else None
 
 
 def _beside(
