@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from xdonnx.errors import ShotsError
-from xdonnx.model import fingerprint, model_files
+from xdonnx.model import fingerprint, model_files, model_fingerprint
 from xdonnx.sources import list_images
 from xdonnx.wanted import Job
 
@@ -57,6 +57,8 @@ def content(path: Path) -> str:
 
     Of a single file it is the file's own.
     """
+    if path.suffix == ".onnx" and path.is_file():
+        return model_fingerprint(path)
     files = files_of(path)
     if path.is_dir():
         return digest(f"{name}\0{fingerprint(file)}\n".encode() for name, file in files.items())

@@ -13,7 +13,7 @@ from xdonnx.augment import VIEWS, widened
 from xdonnx.convert import Program, checked, convert
 from xdonnx.crossval import Candidate
 from xdonnx.errors import JobError
-from xdonnx.given import GivenStudent, nonzero
+from xdonnx.given import GivenStudent, nonzero, size
 from xdonnx.graph import Net
 from xdonnx.matching import doubtful
 from xdonnx.methods.bench import Bench, Trace
@@ -92,7 +92,7 @@ def refitted(
 
 def _zeros(net: Net) -> float:
     """Return the share of a net's weights that are zero."""
-    return 1 - nonzero(net) / max(1, sum(net.array(layer.weight).size for layer in net.layers.values()))
+    return 1 - nonzero(net) / max(1, size(net))
 
 
 def own_program(net: Net, shots: Shots, bench: Bench) -> Program:

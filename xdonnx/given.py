@@ -113,6 +113,11 @@ def matched(
     return GivenStudent(net, found)
 
 
+def size(net: Net) -> int:
+    """Return how many weights a net's layers have."""
+    return sum(int(net.array(layer.weight).size) for layer in net.layers.values())
+
+
 def nonzero(net: Net) -> int:
     """Return how many weights of a net's layers are not zero."""
     return sum(int(np.count_nonzero(net.array(layer.weight))) for layer in net.layers.values())

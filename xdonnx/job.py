@@ -25,7 +25,7 @@ from xdonnx.errors import NothingToDo, ShotsError
 from xdonnx.events import Event, Log, hearing, ignore
 from xdonnx.fidelity import fixed_batch
 from xdonnx.foreign import refitted
-from xdonnx.given import GivenStudent, check_matching, match_results, matched, nonzero
+from xdonnx.given import GivenStudent, check_matching, match_results, matched, nonzero, size
 from xdonnx.graph import Net, read_net
 from xdonnx.journal import Journal, open_journal
 from xdonnx.machine import machines_fault
@@ -394,8 +394,9 @@ def _given(job: Job, student: Path, net: Net, fit: Shots, sizes: Mapping[str, Se
         raise NothingToDo(f"'{student}' is the teacher: nothing was removed from it.\n  Name a smaller file.")
     if job.match is None:
         check_matching(given, net, files)
-        if nonzero(given.net) >= nonzero(net):
+        if size(given.net) >= size(net) and nonzero(given.net) >= nonzero(net):
             raise NothingToDo(
-                f"'{student}' has as many weights that are not zero as the teacher.\n  Name a student that lacks some."
+                f"'{student}' has no fewer weights than the teacher, and no fewer that are not zero.\n"
+                "  Name a student that lacks some. If it is one all the same, pass its matching: --match."
             )
     return given

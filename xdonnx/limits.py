@@ -28,6 +28,9 @@ _NEXT = {
     "max_latency_ratio": _QUICKER,
     "not_slower": _QUICKER,
 }
+# Nothing is removed from a given student.
+_MORE, _CUT = "give more samples, or correct its matching: xdonnx match", "cut more with the tool that made the student"
+_OF_A_GIVEN = {"max_drop": _MORE, "max_error": _MORE, "min_shrink": _CUT, "smaller": _CUT, "removed": _CUT}
 # So many points surely lost, or such a relative error, are much, whatever the student is for.
 _HEAVY, _FAR = 5.0, 0.5
 
@@ -38,10 +41,14 @@ def limited(report: Report) -> bool:
 
 
 def next_step(report: Report) -> str:
-    """Return what to try where limits rejected a student; nothing where none did."""
-    broken = [gate.name for gate in report.gates if gate.level == "fail" and not gate.passed]
-    steps = dict.fromkeys(_NEXT[name] for name in broken if name in _NEXT)
-    return "; or ".join(steps) if report.status == "rejected" else ""
+    """Return what to try where limits rejected a student that was made here; nothing where none did."""
+    broken = {gate.name for gate in report.gates if gate.level == "fail" and not gate.passed}
+    if report.status != "rejected" or "method" not in report.job:
+        return ""
+    if broken & {"max_drop", "max_error"} and broken & {"min_shrink", "smaller", "removed"}:
+        return "give more samples: to remove less breaks one of these limits, to remove more another"
+    steps = _OF_A_GIVEN if report.matches else _NEXT
+    return "; or ".join(dict.fromkeys(step for name, step in steps.items() if name in broken))
 
 
 def heavy_loss(fidelity: Fidelity | None, gates: Sequence[GateResult]) -> tuple[str, ...]:

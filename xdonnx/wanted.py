@@ -24,7 +24,7 @@ from xdonnx.errors import JobError, did_you_mean
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
 from xdonnx.machine import parsed_bytes
-from xdonnx.methods import REFITTING, REFITTING_EFFORTS, REMOVING, UNFITTED, make
+from xdonnx.methods import METHODS, REFITTING, REFITTING_EFFORTS, REMOVING, UNFITTED, make
 from xdonnx.mistakes import mistake
 from xdonnx.planfile import read_planfile
 from xdonnx.pool import check_draw
@@ -275,7 +275,7 @@ class Job(BaseModel):
 def _check_chain(names: Sequence[str]) -> None:
     """Raise JobError where a method would choose anew what goes, and so undo or add to what others did before it."""
     for before, name in pairwise(names):
-        if (name in REMOVING and before not in UNFITTED) or name in UNFITTED:
+        if name in REMOVING and before in METHODS and before not in UNFITTED:
             raise JobError(
                 f"--method {name} decides what goes and starts from the teacher's weights: behind {before} it would "
                 "undo what that fitted.\n  Put it first, or leave one of the two out."

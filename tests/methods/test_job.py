@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,22 @@ import pytest
 import torch
 from helpers import same_interface
 
+import xdonnx.methods as table_of_methods
+from xdonnx.budget import Plan
 from xdonnx.errors import JobError, ShotsError, VerifyError
 from xdonnx.events import Event
 from xdonnx.gate import Gate
+from xdonnx.graph import Net
 from xdonnx.images import Preprocess
 from xdonnx.job import run
-from xdonnx.methods.bench import Outcome
+from xdonnx.methods.bench import Bench, Outcome
 from xdonnx.methods.cross import Cross
 from xdonnx.model import file_bytes, fingerprint, interface, read_proto
 from xdonnx.page import page
+from xdonnx.patch import Patch
 from xdonnx.paths import rejected_path
 from xdonnx.runtime import answer, open_session
+from xdonnx.shots import Shots
 from xdonnx.wanted import Job
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -163,6 +169,31 @@ def test_methods_chain(tmp_path: Path) -> None:
     assert report.fidelity and alone.fidelity
     chained, single = report.fidelity.outputs[0].relative_l2, alone.fidelity.outputs[0].relative_l2
     assert chained is not None and single is not None and chained < single
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """A method of somebody else's that chooses and fits nothing."""
+
+    def __call__(self, net: Net, patch: Patch, shots: Shots, plan: Plan, bench: Bench) -> Outcome:
+        """Drop the last channels of every group."""
+        drop = [int(label) for at, keep in plan.channels.items() for label in net.groups[at].ids[keep:]]
+        return Outcome(patch.plus({}, drop))
+
+    def check(self, structure: str) -> None:
+        """Any structure will do."""
+
+
+def test_a_method_of_another_package_may_choose_what_cross_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_of_methods.available() | {"mine": table_of_methods.Entry(f"{__name__}:Chooser", "", "", "")}
+    monkeypatch.setattr(table_of_methods, "available", lambda: table)
+    report = run(job(tmp_path, "digits_vgg", method=("mine", "cross")))
+    assert report.exit_code == 0 and report.job["method"] == ["mine", "cross"]
+    for chain in (("cross", "thinet"), ("l1-norm", "cross", "l1-norm"), ("l1-norm", "bp", "cross")):
+        with pytest.raises(JobError, match=f"--method {chain[-1]} decides what goes.*behind {chain[-2]} it would"):
+            job(tmp_path, method=chain).methods()
 
 
 @pytest.mark.parametrize("effort", ["fast", "balanced"])

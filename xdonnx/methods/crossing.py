@@ -131,6 +131,8 @@ class Crossing:
         inputs = pair.inputs
         if len(pair.student) > 1 or not same or inputs is None or (ours.kernel and ours.op != theirs.op):
             return None
+        if ours.op == "ConvTranspose" and not ours.depthwise:
+            return None  # its weight has the inputs first
         if (inputs < 0).any() or len(set(inputs.tolist())) < len(inputs):
             return None
         weight, bias = layer_tensors(self.teacher, theirs, meeting.weight.device)
@@ -139,7 +141,7 @@ class Crossing:
         if ours.depthwise and theirs.depthwise and np.array_equal(pair.channels, inputs):
             both = [x.index_select(axis, first) for x in meeting.teacher_source]
             source = meeting.source
-        elif ours.op != "ConvTranspose" and ours.groups == theirs.groups == 1:
+        elif ours.groups == theirs.groups == 1:
             rest = torch.tensor(np.setdiff1d(np.arange(weight.shape[1]), inputs), device=weight.device)
             weight = weight.index_select(1, torch.cat([first, rest]))
             both = [

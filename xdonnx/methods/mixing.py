@@ -35,6 +35,8 @@ PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 LEAST = 1e-10
 # Positions that are looked at, of all samples together, and steps that a ReLU is worth.
 POSITIONS, STEPS = 16384, 20
+# Rows that are enough to say what a layer's error is.
+SHOWN = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +224,9 @@ def trace(meeting: Meeting, weights: Weights, rectified: frozenset[str], began: 
     """
     passed = meeting.layer.name in rectified
     wrong, energy = [0.0, 0.0], 0.0
-    for x, target in zip(meeting.source, meeting.whole_target(), strict=True):
+    every = max(1, sum(map(len, meeting.source)) // SHOWN)
+    for chunk, whole in zip(meeting.source, meeting.whole_target(), strict=True):
+        x, target = chunk[::every], whole[::every]
         wanted = target.clamp(min=0) if passed else target
         energy += float(wanted.double().square().sum())
         for at, one in enumerate(((meeting.weight, meeting.bias), weights)):

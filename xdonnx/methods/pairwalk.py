@@ -25,6 +25,10 @@ from xdonnx.walk import addends, chunked
 
 Weights = tuple[Tensor, Tensor | None]
 Affine = tuple[Tensor, Tensor]
+"""Factor and constant of each channel, (outputs,) in float64."""
+
+# Steps that are linear in each of their inputs, the divisor apart.
+_AFFINE = frozenset({"Add", "Sub", "Mul", "Div", "BatchNormalization"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,8 +169,18 @@ def _meeting(
     scale, shift = _relation(_behind(ahead.net, ahead.program, theirs), _behind(*student, layer), channels)
     if bool((scale != 1).any() or (shift != 0).any()):
         by, plus = (value.reshape([-1] + [1] * len(layer.kernel)).to(target[0]) for value in (scale, shift))
-        target = [by * value + plus for value in target]
+        moved = [by * value + plus for value in target]
+        made = [run_layer(layer, x, *weights) for x in source]
+        # The two may stop at different places, as where one network pools before a constant: the outputs tell.
+        if _distance(made, moved) < _distance(made, target):
+            target = moved
+        else:
+            scale, shift = torch.ones_like(scale), torch.zeros_like(shift)
     return Meeting(pair, layer, geometry(layer), *weights, source, target, theirs, teacher_source, scale, shift)
+
+
+def _distance(one: Chunks, other: Chunks) -> float:
+    return sum(float((a - b).double().square().sum()) for a, b in zip(one, other, strict=True))
 
 
 def _relation(teacher: Affine, student: Affine, channels: Tensor) -> Affine:
@@ -181,37 +195,30 @@ def _relation(teacher: Affine, student: Affine, channels: Tensor) -> Affine:
 def _behind(net: Net, program: Program, layer: Layer) -> Affine:
     """Return what constants alone do to a layer's outputs before anything else reads them, channel by channel.
 
-    One file has a bias in its layer where another adds it behind, and the like is done with a normalisation.
+    One file has a bias in its layer where another adds it behind, and so it is with a normalisation. What steps do is
+    seen by what they make of a zero and of a one in each channel.
     """
-    outputs = len(layer.out_ids)
-    by, plus = (value.to(program.device) for value in (torch.ones(outputs).double(), torch.zeros(outputs).double()))
-    name = layer.name
+    rank, axis = len(net.shapes[layer.name]), 1 if layer.kernel else -1
+    shape = [1] * rank
+    shape[axis] = len(layer.out_ids)
+    zero = torch.zeros(shape, dtype=torch.double, device=program.device)
+    values, name = [zero, zero + 1], layer.name
     while name not in program.outputs:
         readers = [step for step in program.steps if name in step.inputs]
-        if len(readers) != 1 or readers[0].op not in ("Add", "Sub", "Mul", "Div") or len(readers[0].inputs) != 2:
+        if len(readers) != 1 or readers[0].op not in _AFFINE or readers[0].inputs.count(name) != 1:
             break
-        step = readers[0]
-        other = step.inputs[step.inputs[0] == name]
-        constant = _by_channel(program.constants.get(other), outputs, len(layer.kernel))
-        if constant is None or (step.op in ("Sub", "Div") and step.inputs[0] != name):
+        step, at = readers[0], readers[0].inputs.index(name)
+        others = [program.constants.get(other) for other in step.inputs if other != name]
+        # A constant over something is not linear in it; integers are no weights.
+        if any(other is None or not other.is_floating_point() for other in others) or (step.op == "Div" and at):
             break
-        if step.op in ("Add", "Sub"):
-            plus = plus + constant if step.op == "Add" else plus - constant
-        else:
-            factor = constant if step.op == "Mul" else 1 / constant
-            by, plus = by * factor, plus * factor
-        name = step.outputs[0]
-    return by, plus
-
-
-def _by_channel(constant: Tensor | None, outputs: int, axes: int) -> Tensor | None:
-    """Return a constant as one number for each channel, the axes of positions behind it; None where it is not that."""
-    if constant is None or not constant.is_floating_point():
-        return None
-    if constant.numel() == 1:
-        return constant.double().reshape(1).expand(outputs)
-    shape = [1] * max(0, constant.ndim - axes - 1) + [outputs] + [1] * axes
-    return constant.double().reshape(outputs) if list(constant.shape) == shape else None
+        held = step.module.state_dict().values() if step.module is not None else ()
+        kind = next((tensor.dtype for tensor in held if tensor.is_floating_point()), torch.double)
+        made = [call(step, [*others[:at], value.to(kind), *others[at:]])[0].double() for value in values]
+        if made[0].shape != zero.shape:
+            break  # other constants for other positions
+        values, name = made, step.outputs[0]
+    return (values[1] - values[0]).flatten(), values[0].flatten()
 
 
 def _beside(
