@@ -35,6 +35,8 @@ def show(console: Console, report: Report, *, written: Sequence[Path] = (), quie
     verdict(console, report)
     if quiet:
         return
+    if step := next_step(report):
+        bullets(console, [f"next: {step}"])
     before_after(console, report)
     tries(console, report.tries)
     gates(console, report.gates)
@@ -61,8 +63,6 @@ def verdict(console: Console, report: Report) -> None:
     headline(console, line)
     if report.reasons:
         bullets(console, report.reasons)
-    if step := next_step(report):
-        say(console, f"  Next: {step}.")
 
 
 def before_after(console: Console, report: Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def say(console: Console, text: str, style: str = "") -> None:
 
 
 def headline(console: Console, line: Text) -> None:
-    """Print what came of it: in one line where no terminal breaks it, so that it can be searched for."""
-    console.print(line, soft_wrap=not console.is_terminal)
+    """Print what came of it: in one line where nobody says how wide lines may be, so that it can be searched for."""
+    console.print(line, soft_wrap=not console.is_terminal and "COLUMNS" not in os.environ)
 
 
 def shorten(name: str, most: int, tail: float = 0.6) -> str:

@@ -114,7 +114,7 @@ def test_a_failed_gate_keeps_the_candidate_aside_and_touches_nothing_else(here: 
 
     assert ended.code == 3
     assert ended.out.startswith("REJECTED") and "min_shrink: " in ended.out and "  warning max_error" in ended.out
-    assert "\n  Next: remove more, as by --macs 30%.\n" in ended.out
+    assert "\n  - next: remove more, as by --macs 30%" in ended.out
     assert (here / "student.onnx").read_bytes() == b"the one that is in use"
     onnx.checker.check_model(here / "student.rejected.onnx")
     assert sorted(listing(here)) == [
