@@ -22,7 +22,7 @@ from xdonnx_cli.terminal import beside, heading, plain_table, room, say, shorten
 from xdonnx_cli.wanted import check_cheaply, fields, library
 
 if TYPE_CHECKING:
-    from xdonnx.events import Event, Log
+    from xdonnx.events import Log
     from xdonnx.job import Job, Prepared
     from xdonnx.planfile import PlanFile, Points
 
@@ -57,6 +57,7 @@ def plan(
     """
     wanted = fields(data, pixels, sizes, target)
     from xdonnx.budget import pattern_of
+    from xdonnx.events import hearing
     from xdonnx.paths import check_plan
 
     check_cheaply(model, target)
@@ -70,12 +71,7 @@ def plan(
         )
     heard: list[str] = []
     with told(talk) as log:
-
-        def note(event: Event) -> None:
-            if event.level == "warning":
-                heard.append(event.text)
-            log(event)
-
+        note = hearing(log, heard)
         ready: Prepared = work.prepared(job, note, writes=False)
         ready, curves = _split(work, job, ready, note)
     _write(job, ready, curves, list(dict.fromkeys(heard)), talk)

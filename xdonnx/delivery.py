@@ -17,7 +17,7 @@ from xdonnx.errors import VerifyError
 from xdonnx.events import Event, Log, hearing, legible
 from xdonnx.fidelity import compare
 from xdonnx.gate import of_a_job
-from xdonnx.limits import heavy_loss
+from xdonnx.limits import warned
 from xdonnx.model import add_metadata, file_bytes, fingerprint, write_proto
 from xdonnx.paths import rejected_path
 from xdonnx.report import Fidelity, FileInfo, LayerResult, Report, plain, tool
@@ -156,14 +156,13 @@ def delivered(
     report = judged.report
     out = job.out if report.exit_code == 0 else rejected_path(job.out)
     write_proto(judged.student, out, external=job.external_data)
-    loss = heavy_loss(report.fidelity, report.gates)
     return report.model_copy(
         update={
             "files": report.files.model_copy(update={"student": file_facts(out), "read": _read(job)}),
             "job": plain(job.model_dump()),
             "tries": tuple(tries),
             "fit_samples": fitted,
-            "warnings": tuple(dict.fromkeys((*loss, *heard, *report.warnings))),
+            "warnings": warned(report, heard),
             "started": started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now().astimezone() - started).total_seconds(), 3),
         }

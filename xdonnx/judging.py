@@ -8,7 +8,7 @@ from pathlib import Path
 from xdonnx.doctor import check_device
 from xdonnx.events import Log, hearing, ignore
 from xdonnx.gate import Gate
-from xdonnx.limits import heavy_loss
+from xdonnx.limits import warned
 from xdonnx.model import interface, read_proto, sized
 from xdonnx.preprocessing import check_samples
 from xdonnx.report import Report
@@ -72,5 +72,4 @@ def judged(
         shots_path=", ".join(asked.names) or "synthetic",
         log=note,
     )
-    loss = heavy_loss(report.fidelity, report.gates)
-    return report.model_copy(update={"warnings": tuple(dict.fromkeys((*loss, *heard, *report.warnings)))})
+    return report.model_copy(update={"warnings": warned(report, heard)})

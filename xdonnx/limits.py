@@ -1,4 +1,4 @@
-"""What is said of a student that no limit was set for: which limits count as set, and when much is lost all the same.
+"""What limits say of a student besides passed and failed: whether any was set, what is lost, what to try next.
 
 Whoever draws a report asks this, so nothing heavy is imported here.
 """
@@ -49,6 +49,11 @@ def next_step(report: Report) -> str:
         return "give more samples: to remove less breaks one of these limits, to remove more another"
     steps = _OF_A_GIVEN if report.matches else _NEXT
     return "; or ".join(dict.fromkeys(step for name, step in steps.items() if name in broken))
+
+
+def warned(report: Report, heard: Sequence[str]) -> tuple[str, ...]:
+    """Return what was heard and the report's own warnings, each once, that of a heavy loss first."""
+    return tuple(dict.fromkeys((*heavy_loss(report.fidelity, report.gates), *heard, *report.warnings)))
 
 
 def heavy_loss(fidelity: Fidelity | None, gates: Sequence[GateResult]) -> tuple[str, ...]:

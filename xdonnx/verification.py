@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from xdonnx.cost import measure_cost
 from xdonnx.errors import ShotsError, VerifyError
-from xdonnx.events import Event, Log, ignore, legible
+from xdonnx.events import Event, Log, hearing, ignore, legible
 from xdonnx.fidelity import Array, Samples, check_classes, compare, fixed_batch, kinds
 from xdonnx.gate import Gate, check_measurable, judge, verdict
 from xdonnx.intervals import FEW, ratio_band
@@ -99,7 +99,7 @@ def verify(
         A file cannot be read or run; the samples do not fit; the gate asks for what cannot be measured.
     """
     clock, warnings = time.perf_counter(), list[str]()
-    log = _noting(log, warnings)
+    log = hearing(log, warnings)
     protos = read_proto(teacher), read_proto(student)
     facts = _facts([teacher, student], shots, shots_path, command=command, job=job, seed=seed, device=device)
     check, reasons = _compare_interfaces(interface(protos[0]), interface(protos[1]), own_opset=own_opset)
@@ -270,17 +270,6 @@ def turns(
         times.append(turn)
         log(Event("latency", done=len(times), total=repeats))
     return np.array(times), [session.get_providers()[0] for session in sessions]
-
-
-def _noting(log: Log, warnings: list[str]) -> Log:
-    """Pass events on, and keep the text of those that warn."""
-
-    def note(event: Event) -> None:
-        if event.level == "warning":
-            warnings.append(event.text)
-        log(event)
-
-    return note
 
 
 def _facts(

@@ -29,7 +29,7 @@ from xdonnx.methods.bench import Bench
 from xdonnx.methods.cross import Cross
 from xdonnx.methods.fskd import FSKD
 from xdonnx.methods.mixing import trace
-from xdonnx.methods.pairwalk import Meeting, _behind, _relation, meet
+from xdonnx.methods.pairwalk import Meeting, _behind, meet
 from xdonnx.patch import Patch, cut
 from xdonnx.runtime import answer, open_session
 from xdonnx.shots import Shots
@@ -118,16 +118,32 @@ def error(student: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> float:
     return float(np.square(made - wanted).sum() / np.square(wanted).sum())
 
 
+def refit(net: Net, given: Net, shown: dict[str, np.ndarray], method: Any) -> onnx.ModelProto:
+    """Return a student that was matched with its teacher and refitted on the samples shown."""
+    bench = Bench(convert(net, torch.device("cpu")), torch.Generator().manual_seed(0))
+    shots = Shots(shown, None, tuple(map(str, range(len(next(iter(shown.values())))))))
+    matching = match(side(net, shown), side(given, shown))
+    made, _ = refitted([method], net, GivenStudent(given, matching), shots, bench)
+    return made
+
+
+def thinned(share: float) -> onnx.ModelProto:
+    """Return the network with this share of its convolutions' weights set to zero, the smallest."""
+    model = onnx.ModelProto.FromString(written("plain").SerializeToString())
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor).copy()
+        if array.ndim == 4:
+            array[np.abs(array) < np.quantile(np.abs(array), share)] = 0
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    return model
+
+
 @cache
 def errors(teacher: str, student: str, method: str) -> tuple[float, float]:
     """Return the error of a student on new images, before its refit and after."""
     net, given = read_net(written(teacher)), read_net(cut_to(read_net(written(student))))
-    shown = images(40, 1)
-    matching = match(side(net, shown), side(given, shown))
-    bench = Bench(convert(net, torch.device("cpu")), torch.Generator().manual_seed(0))
     made: Any = {"fskd": FSKD(), "fast": Cross(effort="fast"), "balanced": Cross()}[method]
-    shots = Shots(shown, None, tuple(map(str, range(40))))
-    after, _ = refitted([made], net, GivenStudent(given, matching), shots, bench)
+    after = refit(net, given, images(40, 1), made)
     return error(given.source, images(60, 3)), error(after, images(60, 3))
 
 
@@ -161,80 +177,6 @@ def test_a_constant_that_is_also_put_out_on_its_way_changes_nothing() -> None:
     assert np.allclose(plus, np.linspace(-1, 2, 16), atol=1e-6)
 
 
-BEHIND = {
-    # what stands behind z, its parameters and their shapes, and the factor and the constant that this is
-    "a number a channel": ("out = Add (z, k)", "float[4,1,1] k", "1", "k"),
-    "the constant first": ("out = Add (k, z)", "float[1,4,1,1] k", "1", "k"),
-    "one number": ("out = Mul (z, k)", "float[1] k", "k", "0"),
-    "taken off": ("out = Sub (z, k)", "float[1,4,1,1] k", "1", "-k"),
-    "taken from it": ("out = Sub (k, z)", "float[1,4,1,1] k", "-1", "k"),
-    "divided": ("out = Div (z, k)", "float[1,4,1,1] k", "1 / k", "0"),
-    "divided by it": ("out = Div (k, z)", "float[1,4,1,1] k", "1", "0"),
-    "two in turn": ("y = Add (z, k)\n  out = Mul (y, l)", "float[4,1,1] k, float[4,1,1] l", "l", "k * l"),
-    "to the square": ("out = Mul (z, z)", "", "1", "0"),
-    "for each position": ("out = Add (z, k)", "float[1,1,6,6] k", "1", "0"),
-    "for each column": ("out = Add (z, k)", "float[6] k", "1", "0"),
-    "read twice": ("y = Add (z, k)\n  x = Relu (z)\n  out = Add (x, y)", "float[4,1,1] k", "1", "0"),
-    "behind a ReLU": ("y = Relu (z)\n  out = Add (y, k)", "float[4,1,1] k", "1", "0"),
-}
-PRODUCTS = {
-    "of a product": ("out = Add (z, k)", "float[5] k", "1", "k"),
-    "of rows": ("out = Add (z, k)", "float[5,5] k", "1", "0"),
-    "of one row": ("out = Add (z, k)", "float[1,5,1] k", "1", "0"),
-}
-
-
-def meant(text: str, values: Mapping[str, np.ndarray], outputs: int) -> np.ndarray:
-    found = eval(text, {}, {name: array.flatten().astype(np.float64) for name, array in values.items()})
-    return np.broadcast_to(found, outputs)
-
-
-@pytest.mark.parametrize("case", [*BEHIND, *PRODUCTS])
-def test_what_constants_do_right_behind_a_layer_is_known_by_channel(case: str) -> None:
-    product = case in PRODUCTS
-    rest, constants, by, plus = {**BEHIND, **PRODUCTS}[case]
-    given = ["float[N,3,6,6] image", "float[4,3,3,3] w", *filter(None, [constants])]
-    layer = "z = Conv <pads = [1,1,1,1]> (image, w)"
-    if product:  # beside a convolution, without which there is nothing to do
-        given += ["float[N,5,7] words", "float[7,5] q"]
-        layer = "c = Conv (image, w)\n  z = MatMul (words, q)"
-    outputs = "float[N,4,4,4] c, float[N,5,5] out" if product else "float[N,4,6,6] out"
-    text = f"\ng ({', '.join(given)}) => ({outputs}) {{\n  {layer}\n  {rest}\n}}"
-    model = nets.from_text(text, images=("image", "words") if product else ("image",))
-    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    net = read_net(model)
-    layer_of = net.layers["z"]
-    found = _behind(net, convert(net, torch.device("cpu")), layer_of)
-    for one, text in zip(found, (by, plus), strict=True):
-        assert np.allclose(one, meant(text, values, len(layer_of.out_ids)), rtol=1e-5, atol=1e-6), text
-
-
-def test_a_normalisation_behind_a_product_is_followed() -> None:
-    text = """
-g (float[N,3,6,6] image, float[5,3,6,6] w, float[5,7] u, float[7] s, float[7] h, float[7] m, float[7] v)
-  => (float[N,7] out) {
-  c = Conv (image, w)
-  f = Flatten (c)
-  z = MatMul (f, u)
-  out = BatchNormalization (z, s, h, m, v)
-}"""
-    model = nets.from_text(text)
-    values = {tensor.name: numpy_helper.to_array(tensor).astype(np.float64) for tensor in model.graph.initializer}
-    net = read_net(model)
-    by, plus = _behind(net, convert(net, torch.device("cpu")), net.layers["z"])
-    factor = values["s"] / np.sqrt(values["v"] + 1e-5)
-    assert np.allclose(by, factor, rtol=1e-4, atol=1e-5)
-    assert np.allclose(plus, values["h"] - values["m"] * factor, rtol=1e-4, atol=1e-5)
-
-
-def test_channels_that_are_multiplied_by_zero_are_left_as_they_are() -> None:
-    two = torch.tensor([2.0, 2.0]).double()
-    off = torch.tensor([0.0, 4.0]).double()
-    none = torch.zeros(2).double()
-    scale, shift = _relation((two, none + 1), (off, none), torch.tensor([0, 1]))
-    assert scale.tolist() == [1.0, 0.5] and torch.isfinite(shift).all() and shift[1] == 0.25
-
-
 POOLED = ("r1 = Relu (c1)", "r1 = MaxPool <kernel_shape = [2,2], strides = [2,2]> (c1)")
 BEFORE = (*WRITINGS["bias behind"], POOLED)
 AFTER = (
@@ -265,10 +207,7 @@ def test_where_networks_go_on_in_another_way_their_outputs_say_what_is_meant() -
     found = {}
     for teacher, student in (("in", "in"), ("before", "after"), ("after", "before")):
         net, given = read_net(networks[teacher]), read_net(cut_to(read_net(networks[student])))
-        bench = Bench(convert(net, torch.device("cpu")), torch.Generator().manual_seed(0))
-        matching = match(side(net, shown), side(given, shown))
-        shots = Shots(shown, None, tuple(map(str, range(40))))
-        after, _ = refitted([Cross(effort="fast")], net, GivenStudent(given, matching), shots, bench)
+        after = refit(net, given, shown, Cross(effort="fast"))
         found[teacher, student] = float(np.square(answer(open_session(after), new)["out"] - wanted).sum())
     assert max(found.values()) < 2 * found["in", "in"], found
 
@@ -287,10 +226,7 @@ g (float[N,3,6,6] image, float[4,3,3,3] w0, float[4] b0, float[4,12,2,2] w1, flo
     model = nets.from_text(text)
     net, given = read_net(model), read_net(cut_to(read_net(model)))
     shown, new = (nets.samples(model, rows=rows, seed=seed) for rows, seed in ((40, 1), (60, 3)))
-    bench = Bench(convert(net, torch.device("cpu")), torch.Generator().manual_seed(0))
-    shots = Shots(shown, None, tuple(map(str, range(40))))
-    matching = match(side(net, shown), side(given, shown))
-    after, _ = refitted([Cross(effort=effort)], net, GivenStudent(given, matching), shots, bench)
+    after = refit(net, given, shown, Cross(effort=effort))
     wanted, before, made = (answer(open_session(one), new)["out"] for one in (model, given.source, after))
     assert np.square(made - wanted).sum() < 0.9 * np.square(before - wanted).sum()
 
@@ -440,27 +376,15 @@ def test_what_a_student_does_not_lack_is_not_refitted(tmp_path: Path) -> None:
 
 def test_a_dense_student_of_a_thinned_teacher_lacks_channels(tmp_path: Path) -> None:
     asked = job(tmp_path, method="fskd")
-    thinned = onnx.ModelProto.FromString(written("plain").SerializeToString())
-    for tensor in thinned.graph.initializer:
-        array = numpy_helper.to_array(tensor).copy()
-        if array.ndim == 4:
-            array[np.abs(array) < np.quantile(np.abs(array), 0.6)] = 0
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    onnx.save(thinned, tmp_path / "teacher.onnx")
-    teacher, student = read_net(thinned), read_net(onnx.load(tmp_path / "given.onnx"))
+    onnx.save(thinned(0.6), tmp_path / "teacher.onnx")
+    teacher, student = read_net(thinned(0.6)), read_net(onnx.load(tmp_path / "given.onnx"))
     assert nonzero(student) > nonzero(teacher) and size(student) < size(teacher)
     assert run(asked).exit_code == 0
 
 
 def test_weights_outside_the_file_tell_a_student_from_its_teacher(tmp_path: Path) -> None:
     asked = job(tmp_path)
-    thinned = onnx.ModelProto.FromString(written("plain").SerializeToString())
-    for tensor in thinned.graph.initializer:
-        array = numpy_helper.to_array(tensor).copy()
-        if array.ndim == 4:
-            array[np.abs(array) < np.quantile(np.abs(array), 0.5)] = 0
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    for folder, model in (("t", written("plain")), ("s", thinned)):
+    for folder, model in (("t", written("plain")), ("s", thinned(0.5))):
         (tmp_path / folder).mkdir()
         copy = onnx.ModelProto.FromString(model.SerializeToString())
         path = tmp_path / folder / "model.onnx"

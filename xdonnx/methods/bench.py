@@ -51,8 +51,8 @@ class Trace:
     `objective_before` is the error of the removal alone, `objective_after` that after the refit; both are shares of the
     teacher's output energy (without its bias where that is not refitted), under the regression connection; of a given
     student, where a ReLU reads the layer, of what that lets pass. None where the layer was left as it is on inputs that
-    differ. `pool` is the weight that the pool had in the refit, all its
-    rows together, where the samples have 1, whatever it had in the choice of what goes; None where it had no part.
+    differ. `pool` is the weight that the pool had in the refit, all its rows together, where the samples have 1,
+    whatever it had in the choice of what goes; None where it had no part.
     """
 
     layer: str

@@ -180,7 +180,8 @@ def _meeting(
 
 
 def _distance(one: Chunks, other: Chunks) -> float:
-    return sum(float((a - b).double().square().sum()) for a, b in zip(one, other, strict=True))
+    """Return the sum of squared differences."""
+    return sum(float((a - b).square().sum()) for a, b in zip(one, other, strict=True))
 
 
 def _relation(teacher: Affine, student: Affine, channels: Tensor) -> Affine:
@@ -264,8 +265,7 @@ def _alike(theirs: Chunks, ours: Chunks, meeting: Meeting) -> tuple[Chunks, Chun
     wanted = [value.index_select(axis, channels) for value in theirs]
     if any(one.shape != other.shape for one, other in zip(wanted, ours, strict=True)):
         return None
-    missing = sum(float((one - other).square().sum()) for one, other in zip(wanted, ours, strict=True))
-    return (wanted, ours) if missing < sum(float(one.square().sum()) for one in wanted) else None
+    return (wanted, ours) if _distance(wanted, ours) < sum(float(one.square().sum()) for one in wanted) else None
 
 
 def own_weights(net: Net, layer: Layer, tensors: Mapping[str, np.ndarray], device: torch.device) -> Weights:
