@@ -371,7 +371,7 @@ def test_a_mixture_on_top_makes_errors_smaller_and_is_left_out_where_one_connect
     for at, options in enumerate(({}, {"connection": "soft", "alpha": 0.9, "beta": 0.5, "ridge": 0.01})):
         folder = tmp_path / str(at)
         folder.mkdir()
-        report = run(job(folder, "residual", given, **options))
+        report = run(job(folder, "residual", given, views=0, **options))
         assert report.fidelity
         errors.append(report.fidelity.outputs[0].relative_l2)
     assert errors[0] < errors[1]
@@ -389,10 +389,10 @@ def test_zeros_of_a_thinned_student_stay_and_are_stored_sparsely(tmp_path: Path)
     teacher = SAMPLES / "digits_vgg.onnx"
     thin = tmp_path / "thin.onnx"
     shared: dict[str, Any] = {"shots": (str(SAMPLES / "shots"),), "holdout": str(SAMPLES / "held_out.npz")}
-    shared |= {"preprocess": Preprocess("unit"), "model": teacher}
+    shared |= {"preprocess": Preprocess("unit"), "model": teacher, "per_class": 4}
     made = run(Job(out=thin, method=("l1-norm",), structure="element", keep=0.1, **shared))
 
-    report = run(Job(out=tmp_path / "refitted.onnx", student=thin, **shared))
+    report = run(Job(out=tmp_path / "refitted.onnx", student=thin, preset_effort="fast", **shared))
 
     assert made.student and report.student and made.fidelity and report.fidelity
     assert report.student.nonzero <= 1.01 * made.student.nonzero and report.student.bytes <= 1.01 * made.student.bytes

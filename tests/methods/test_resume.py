@@ -37,6 +37,7 @@ def job(folder: Path, **more: Any) -> Job:
         "shots": (str(SAMPLES / "shots"),),
         "preprocess": {"preset": "unit"},
         "method": ("cross", "tune"),
+        "preset_effort": "fast",
         "steps": 3,
         "views": 0,
         "macs": 0.5,
@@ -46,13 +47,17 @@ def job(folder: Path, **more: Any) -> Job:
     return Job(**{**options, **more})
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the fingerprint of the student of a job that nobody stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    run(job(folder))
+def undisturbed(folder: Path, **more: Any) -> str:
+    """Return the fingerprint of the student of a job that nobody stops."""
+    folder.mkdir(exist_ok=True)
+    run(job(folder, **more))
     assert [path.name for path in folder.iterdir()] == ["student.onnx"]
     return fingerprint(folder / "student.onnx")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return undisturbed(tmp_path_factory.mktemp("whole"))
 
 
 def stopping(at: str, number: int, error: BaseException) -> Callable[[Event], None]:
@@ -99,6 +104,18 @@ def test_a_job_that_was_stopped_goes_on_to_the_same_bytes(
         assert not fitted
     if (stage, number) == ("fit", 12):
         assert 0 < len(fitted) < 10
+
+
+def test_error_curves_are_measured_once(tmp_path: Path) -> None:
+    whole = undisturbed(tmp_path / "whole", preset_effort="balanced")
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path, preset_effort="balanced"), stopping("fit", 12, KeyboardInterrupt()))
+    seen: list[str] = []
+
+    run(job(tmp_path, preset_effort="balanced", resume=True), lambda event: seen.append(event.stage))
+
+    assert fingerprint(tmp_path / "student.onnx") == whole
+    assert "fit" in seen and "curves" not in seen
 
 
 def test_without_resume_a_job_starts_anew(whole: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,14 +305,12 @@ def test_what_is_left_of_a_removal_cut_short_is_in_nobodys_way(tmp_path: Path) -
 
 
 def test_work_of_another_job_in_the_same_folder_is_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = tmp_path / "expected"
-    expected.mkdir()
-    run(job(expected, macs=0.7))
+    expected = undisturbed(tmp_path / "expected", macs=0.7)
     with pytest.raises(KeyboardInterrupt):
         run(job(tmp_path), stopping("cut", 1, KeyboardInterrupt()))
     monkeypatch.setattr("xdonnx.journal._cleared", lambda folder: None)  # as where nothing may be removed
     run(job(tmp_path, macs=0.7))
-    assert fingerprint(tmp_path / "student.onnx") == fingerprint(expected / "student.onnx")
+    assert fingerprint(tmp_path / "student.onnx") == expected
 
 
 def test_a_mistake_while_going_on_does_not_cost_the_work(tmp_path: Path) -> None:

@@ -383,8 +383,8 @@ def test_squeeze_wins_back_what_zeros_cost_on_digits_and_leaves_them_with_and_wi
     tmp_path: Path,
 ) -> None:
     bare = run(job(tmp_path, "digits_residual", "l1-norm", steps=None, structure="element"))
-    full = run(job(tmp_path, "digits_residual", "l1-norm", "squeeze", structure="element"))
-    lone = run(job(tmp_path, "digits_residual", "l1-norm", "squeeze", structure="element", adversarial=False))
+    full = run(job(tmp_path, "digits_residual", "l1-norm", "squeeze", structure="element", steps=15))
+    lone = run(job(tmp_path, "digits_residual", "l1-norm", "squeeze", structure="element", steps=15, adversarial=False))
 
     (before, weights), *after = map(figures, (bare, full, lone))
     assert all(error < 0.9 * before and left == weights for error, left in after)
