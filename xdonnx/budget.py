@@ -171,7 +171,7 @@ def make_plan(net: Net, budget: Budget, goal: Goal | None = None) -> Plan:
     if budget.kind == "keep":
         fraction = budget.amount
     else:
-        total = sum(layer.params for layer in net.layers.values())
+        total = params(net, np.ones(net.labels, bool))
         free = sum(net.array(layer.weight).size for layer in layers)
         fraction = (budget.amount * total - (total - free)) / free
         if fraction <= 0:
@@ -325,7 +325,7 @@ def floor(net: Net, budget: Budget) -> float:
         return cost(least) / max(cost({}), 1)
     named = _named(net, budget)
     free = sum(int(net.array(layer.weight).size) for layer in weight_layers(net) if layer.name in named)
-    return 1 - free / max(sum(layer.params for layer in net.layers.values()), 1)
+    return 1 - free / max(params(net, np.ones(net.labels, bool)), 1)
 
 
 def out_of_reach(budget: Budget, least: float, whole: float) -> NothingToDo:

@@ -105,14 +105,22 @@ def _give_each_reader_its_own(graph: ir.Graph) -> None:
         array = constant(value)
         if array is None or not 0 < array.size <= _SMALL:
             continue
-        for user, position in list(value.uses())[1:]:
-            layer = user.op_type in (*_FOLDABLE_INTO, "MatMul")
-            # Of single numbers a bias alone is a parameter; the others are factors, limits and the like.
-            if (layer and position == 1) or (array.size == 1 and not (layer and position == 2)):
+        uses = list(value.uses())
+        # A bias is the first to move: whatever else reads the array is not to change with it.
+        keeper = next((use for use in uses if not _is_bias(*use)), uses[0] if uses else None)
+        for user, position in uses:
+            if (user, position) == keeper or user.graph is not graph:
                 continue
-            if user.graph is graph:
-                own = add_initializer(graph, f"{name}_of_{user.outputs[0].name}", array)
-                user.replace_input_with(position, own)
+            weight = position == 1 and user.op_type in (*_FOLDABLE_INTO, "MatMul")
+            # Of single numbers a bias alone is a parameter; the others are factors, limits and the like.
+            if weight or (array.size == 1 and not _is_bias(user, position)):
+                continue
+            own = add_initializer(graph, f"{name}_of_{user.outputs[0].name}", array)
+            user.replace_input_with(position, own)
+
+
+def _is_bias(user: ir.Node, position: int) -> bool:
+    return position == 2 and user.op_type in _FOLDABLE_INTO
 
 
 def _fold_constants(model: ir.Model) -> ir.Model:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from xdonnx.budget import Budget, candidates, macs, pretend
+from xdonnx.budget import Budget, candidates, macs, params, pretend
 from xdonnx.coverage import IN_TORCH
 from xdonnx.graph import Net
 from xdonnx.labels import Ids
@@ -165,7 +165,7 @@ def survey(net: Net) -> Survey:
         outputs=tuple(str(port) for port in net.interface.outputs),
         assumed=net.assumed,
         macs=total,
-        params=sum(layer.params for layer in net.layers.values()),
+        params=params(net, np.ones(net.labels, bool)),
         operators=tuple(_operators(net)),
         layers=tuple(_layer(net, layer, plain, residual, total) for layer in net.layers.values()),
         groups=tuple(GroupSurvey(g.name, len(g.ids), g.producers, g.readers, g.stream) for g in net.groups),

@@ -47,6 +47,26 @@ g (float[N,3,6,6] image, float[1,3,1,1] w, float[1,3,1,1] v, float[1] b, float l
     same_answers(teacher, ir.to_proto(model), nets.samples(teacher), tolerance=2e-6)
 
 
+@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("first", ["layer", "other"])
+def test_a_bias_that_another_node_reads_too_is_the_layers_own(first: str, count: int) -> None:
+    """A refit of the bias must not change a term of the same value, whichever of the two comes first."""
+    nodes = ["out = Conv (image, w, b)", "also = Add (terms, b)"]
+    body = "\n  ".join(nodes if first == "layer" else reversed(nodes))
+    teacher = nets.from_text(
+        f"""
+g (float[N,3,6,6] image, float[N,{count}] terms, float[{count},3,1,1] w, float[{count}] b)
+  => (float[N,{count},6,6] out, float[N,{count}] also) {{
+  {body}
+}}""",
+        images=("image", "terms"),
+    )
+    model = prepare(teacher)
+    read = {node.op_type: {value.name for value in node.inputs if value} for node in model.graph}
+    assert not read["Conv"] & read["Add"]
+    same_answers(teacher, ir.to_proto(model), nets.samples(teacher), tolerance=2e-6)
+
+
 def test_batch_normalization_of_a_value_with_two_readers_stays() -> None:
     teacher = nets.from_text("""
 g (float[N,3,6,6] image, float[6,3,3,3] w, float[6] s, float[6] h, float[6] m, float[6] v) => (float[N,6,4,4] out) {

@@ -7,11 +7,12 @@ import numpy as np
 import onnx
 import pytest
 
-from xdonnx.budget import Budget, macs, make_plan, params, pretend
+from xdonnx.budget import Budget, floor, macs, make_plan, params, pretend
 from xdonnx.cost import measure_cost
 from xdonnx.errors import JobError, NothingToDo
 from xdonnx.graph import read_net
 from xdonnx.patch import Patch, cut
+from xdonnx.survey import survey
 
 RESIDUAL = read_net(nets.build("residual"))
 
@@ -36,6 +37,25 @@ def test_the_macs_target_is_met_and_not_by_far_missed(target: float) -> None:
     plan = make_plan(RESIDUAL, Budget("macs", target, round_to=1, residual=True))
     spent = macs(RESIDUAL, pretend(RESIDUAL, plan.channels)) / whole
     assert target - 0.2 < spent <= target
+
+
+def test_a_weight_that_two_layers_share_is_counted_once() -> None:
+    net = read_net(
+        nets.from_text("""
+g (float[N,3,8,8] image, float[8,3,3,3] w1, float[8] b1, float[8,8,3,3] w2, float[8] b2, float[8,8,3,3] w3, float[8] b3)
+  => (float[N,8,8,8] out) {
+  c1 = Conv <pads = [1,1,1,1]> (image, w1, b1)
+  c2 = Conv <pads = [1,1,1,1]> (c1, w2, b2)
+  c3 = Conv <pads = [1,1,1,1]> (c2, w2, b2)
+  out = Conv <pads = [1,1,1,1]> (c3, w3, b3)
+}""")
+    )
+    whole = params(net, np.ones(net.labels, bool))
+    (free,) = make_plan(net, Budget("params", 0.75, "element")).weights.items()
+
+    assert free == ("out", 8 * 8 * 9 - whole // 4)
+    assert floor(net, Budget("params", 0.75, "element")) == 1 - 8 * 8 * 9 / whole
+    assert survey(net).params == whole
 
 
 def test_streams_go_only_when_asked_for() -> None:

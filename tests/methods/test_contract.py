@@ -54,6 +54,37 @@ def compressed(name: str, method: str, structure: str, **options: Any) -> tuple[
     return net, plan, found(net, patch, shots, plan, bench), inputs
 
 
+TWO_READERS = """
+g (float[N,3,8,8] image, float[16,3,3,3] w1, float[16] b1, float[8,16,3,3] w2, float[8] b2, float[8,16,1,1] w3,
+   float[8] b3, float[16,4] w4, float[4] b4) => (float[N,4] out) {
+  c1 = Conv <pads = [1,1,1,1]> (image, w1, b1)
+  r1 = Relu (c1)
+  c2 = Conv <pads = [1,1,1,1]> (r1, w2, b2)
+  c3 = Conv (r1, w3, b3)
+  k = Concat <axis = 1> (c2, c3)
+  p = GlobalAveragePool (k)
+  f = Flatten (p)
+  out = Gemm (f, w4, b4)
+}"""
+CHAINS = [("l1-norm", method) for method, structure in PAIRS if structure == "channel"] + [("cross", "l1-norm")]
+
+
+@pytest.mark.parametrize(("first", "second"), CHAINS)
+def test_what_an_earlier_method_took_counts_toward_the_plan_where_several_layers_read(first: str, second: str) -> None:
+    net = read_net(nets.from_text(TWO_READERS, seed=3))
+    plan = make_plan(net, Budget("keep", 0.5))
+    assert any(len(net.groups[at].readers) > 1 for at in plan.channels)
+    inputs = nets.samples(net.source, 12)
+    shots = Shots(inputs, np.arange(12) % 2, tuple(map(str, range(12))))
+    bench = Bench(checked(net, convert(net, torch.device("cpu")), inputs), torch.Generator().manual_seed(0))
+
+    before = make(first, {})(net, Patch(), shots, plan, bench).patch
+    after = make(second, {"steps": 6})(net, before, shots, plan, bench).patch
+
+    assert after.drop == before.drop
+    assert {at: int(kept(net, after)[net.groups[at].ids].sum()) for at in plan.channels} == plan.channels
+
+
 @pytest.mark.parametrize("name", nets.ALL)
 @pytest.mark.parametrize(("method", "structure"), PAIRS)
 def test_every_method_keeps_the_contract(method: str, name: str, structure: str) -> None:

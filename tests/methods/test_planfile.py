@@ -181,6 +181,32 @@ def test_an_edited_keep_is_what_the_student_has(tmp_path: Path) -> None:
     assert interface(read_proto(tmp_path / "student.onnx")).metadata["xdonnx.target"] == "channel plan plan.toml"
 
 
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_a_plan_may_name_weights_that_lie_the_other_way_in_the_file(transposed: int, tmp_path: Path) -> None:
+    shape = "5,6" if transposed else "6,5"
+    model = nets.from_text(f"""
+g (float[N,3,8,8] image, float[6,3,3,3] w1, float[6] b1, float[{shape}] wf, float[5] bf) => (float[N,5] out) {{
+  c1 = Conv (image, w1, b1)
+  r1 = Relu (c1)
+  p = GlobalAveragePool (r1)
+  f = Flatten (p)
+  out = Gemm <transB = {transposed}> (f, wf, bf)
+}}""")
+    onnx.save(model, tmp_path / "m.onnx")
+    net = read_net(model)
+    path = saved(tmp_path / "plan.toml", Plan("element", weights={"out": 10}), net, target="element keep 0.3")
+    path.write_text(path.read_text().replace(HASH, fingerprint(tmp_path / "m.onnx")))
+    np.save(tmp_path / "x.npy", nets.samples(model, 30)["image"])
+
+    run(Job(model=tmp_path / "m.onnx", out=tmp_path / "s.onnx", shots=(str(tmp_path / "x.npy"),), plan=path,
+            method=("l1-norm",), gate=Gate(warn_only=("smaller", "not_slower"))))  # fmt: skip
+
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in read_proto(tmp_path / "s.onnx").graph.initializer}
+    before = net.array("wf")
+    largest = np.abs(before) >= np.sort(np.abs(before).ravel())[-10]
+    assert np.array_equal(tensors["wf"], np.where(largest, before, 0))
+
+
 def test_a_plan_of_weights_brings_its_structure_along(tmp_path: Path) -> None:
     teacher = SAMPLES / "digits_mobile.onnx"
     net = read_net(read_proto(teacher))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xdonnx.budget import Plan
 from xdonnx.columns import to_matrix
-from xdonnx.connection import Quadratic, correction, damped, objective
+from xdonnx.connection import Quadratic, correction, damped, objective, restricted
 from xdonnx.convert import Program
 from xdonnx.events import Event, Log
 from xdonnx.graph import Group, Net
@@ -27,14 +27,22 @@ MOST_JOINT = 4
 
 
 def joint_choice(
-    net: Net, program: Program, inputs: Mapping[str, np.ndarray], plan: Plan, ridge: float, log: Log, room: Room
+    net: Net,
+    program: Program,
+    inputs: Mapping[str, np.ndarray],
+    plan: Plan,
+    ridge: float,
+    log: Log,
+    room: Room,
+    gone: Collection[int] = (),
 ) -> set[int]:
     """Return the labels that go from channels which several layers read.
 
     The first reader must not decide for all, so every reader's moments are taken in a walk of the teacher alone, and a
-    channel's cost is summed over them.
+    channel's cost is summed over them. What is `gone` by an earlier method counts toward the plan.
     """
-    open_groups = {at: net.groups[at] for at in plan.channels if len(net.groups[at].readers) > 1}
+    left = {at: remaining(net.groups[at].ids, gone) for at in plan.channels if len(net.groups[at].readers) > 1}
+    open_groups = {at: net.groups[at] for at, ids in left.items() if len(ids) > plan.channels[at]}
     if not open_groups:
         return set()
     last = {at: max(group.readers, key=list(net.layers).index) for at, group in open_groups.items()}
@@ -53,30 +61,44 @@ def joint_choice(
             columns = torch.tensor(stop.layer.columns, device=teacher.device)
             if stop.bias is not None:
                 columns = torch.cat([columns, columns.new_full((1,), -1)])
+            alive = standing(columns, gone)
+            quadratic, teacher, columns = restricted(quadratic, alive), teacher[..., alive], columns[alive]
             for at in mine:
-                problems[at].append((quadratic, teacher, Channel(units(columns, open_groups[at].ids))))
+                problems[at].append((quadratic, teacher, Channel(units(columns, left[at]))))
         for at in mine:
             if last[at] == name:
                 log(Event("fit", f"{open_groups[at].name}: read by {len(open_groups[at].readers)} layers"))
-                drop.update(_least_missed(net, open_groups[at], problems.pop(at), plan.channels[at]))
+                drop.update(_least_missed(net, open_groups[at], left[at], problems.pop(at), plan.channels[at]))
 
     walk(net, program, inputs, visit, room, answers=False, last=max(last.values(), key=list(net.layers).index))
     return drop
 
 
-def _least_missed(net: Net, group: Group, problems: list[tuple[Quadratic, Tensor, Channel]], keep: int) -> list[int]:
+def _least_missed(
+    net: Net, group: Group, ids: np.ndarray, problems: list[tuple[Quadratic, Tensor, Channel]], keep: int
+) -> list[int]:
     if problems and len(problems) <= MOST_JOINT:
         stays = remove_jointly(problems, keep).cpu().numpy()
-        return [int(label) for label, stay in zip(group.ids, stays, strict=True) if not stay]
-    score = np.zeros(len(group.ids))
+        return [int(label) for label, stay in zip(ids, stays, strict=True) if not stay]
+    score = np.zeros(len(ids))
     for quadratic, teacher, channel in problems:
         energy = (quadratic.lin * teacher).sum((0, 1)) / quadratic.const.sum().clamp(min=1e-30)
-        for unit in range(len(group.ids)):
+        for unit in range(len(ids)):
             score[unit] += float(energy[channel.columns == unit].sum())
     if not problems:
-        score = producer_norms(net, group)
+        score = producer_norms(net, group)[np.isin(group.ids, ids)]
     order = np.argsort(-score, kind="stable")
-    return [int(group.ids[unit]) for unit in order[keep:]]
+    return [int(ids[unit]) for unit in order[keep:]]
+
+
+def remaining(ids: np.ndarray, gone: Collection[int]) -> np.ndarray:
+    """Return the labels that an earlier method left, in order."""
+    return ids[~np.isin(ids, sorted(gone))]
+
+
+def standing(columns: Tensor, gone: Collection[int]) -> Tensor:
+    """Mark the columns whose label is not gone, (d,)."""
+    return ~torch.isin(columns, torch.tensor(sorted(gone), dtype=torch.long, device=columns.device))
 
 
 def producer_norms(net: Net, group: Group) -> np.ndarray:

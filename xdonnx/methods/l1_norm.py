@@ -13,11 +13,11 @@ import torch
 
 from xdonnx.budget import Plan, pattern_of
 from xdonnx.columns import from_matrix, to_matrix
-from xdonnx.convert import geometry
+from xdonnx.convert import geometry, stored
 from xdonnx.events import Event
 from xdonnx.graph import Net
 from xdonnx.methods.bench import Bench, Outcome
-from xdonnx.methods.joint import producer_norms
+from xdonnx.methods.joint import producer_norms, remaining
 from xdonnx.methods.layerwise import weight_structure
 from xdonnx.patch import Patch
 from xdonnx.shots import Shots
@@ -39,19 +39,20 @@ class L1Norm:
         for done, (at, keep) in enumerate(plan.channels.items()):
             group = net.groups[at]
             bench.log(Event("fit", group.name, done=done, total=len(plan.channels)))
-            order = np.argsort(-producer_norms(net, group), kind="stable")
-            drop += [int(group.ids[unit]) for unit in order[keep:]]
+            ids = remaining(group.ids, patch.drop)
+            order = np.argsort(-producer_norms(net, group)[np.isin(group.ids, ids)], kind="stable")
+            drop += [int(ids[unit]) for unit in order[keep:]]
         tensors = {}
         for name in (*plan.weights, *plan.layers):
             layer = net.layers[name]
-            weight = torch.tensor(patch.tensors.get(layer.weight, net.array(layer.weight)))
+            weight = stored(layer, torch.tensor(patch.tensors.get(layer.weight, net.array(layer.weight))))
             matrix = to_matrix(weight, None, geometry(layer))
             columns = torch.tensor(layer.columns)
             structure = weight_structure(layer, plan, torch.ones_like(columns, dtype=torch.bool), columns, matrix)
             assert structure is not None
             mask = structure.project(matrix, plan.weights.get(name, structure.least))
             made, _ = from_matrix(matrix * mask, geometry(layer), False, tuple(weight.shape))
-            tensors[layer.weight] = made.numpy()
+            tensors[layer.weight] = stored(layer, made).numpy()
         return Outcome(patch.plus(tensors, drop))
 
     def check(self, structure: str) -> None:

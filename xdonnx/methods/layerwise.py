@@ -26,7 +26,7 @@ from xdonnx.graph import Net
 from xdonnx.journal import Entry
 from xdonnx.layers import Layer
 from xdonnx.methods.bench import Bench, Outcome, Trace
-from xdonnx.methods.joint import WIDEST, joint_choice
+from xdonnx.methods.joint import WIDEST, joint_choice, remaining, standing
 from xdonnx.methods.wide import Fit, regressed, sampled_columns
 from xdonnx.moments import WIDEST_FOLDED, enough
 from xdonnx.patch import Patch
@@ -137,18 +137,20 @@ def layerwise(
     """
     batches = chunked(net, inputs)
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
-    drop = set(patch.drop) | _joint(net, inputs, plan, rule, bench)
+    drop = set(patch.drop) | _joint(net, patch.drop, inputs, plan, rule, bench)
     visitor = _Visitor(net, plan, rule, bench, drop, dict(patch.tensors), rows, samples or rows, len(batches))
     walk(net, bench.program, inputs, visitor, bench.room, others, answers=False)
     return Outcome(Patch(visitor.tensors, frozenset(visitor.drop)), tuple(visitor.traces))
 
 
-def _joint(net: Net, inputs: Mapping[str, np.ndarray], plan: Plan, rule: Rule, bench: Bench) -> set[int]:
+def _joint(
+    net: Net, gone: frozenset[int], inputs: Mapping[str, np.ndarray], plan: Plan, rule: Rule, bench: Bench
+) -> set[int]:
     """Return the labels that go from channels which several layers read, as an earlier run found them or anew."""
     known = bench.journal and bench.journal.entry(_JOINT)
     if known:
         return set(known.facts["drop"])
-    found = joint_choice(net, bench.program, inputs, plan, rule.ridge, bench.log, bench.room)
+    found = joint_choice(net, bench.program, inputs, plan, rule.ridge, bench.log, bench.room, gone)
     if bench.journal and found:
         bench.journal.keep(_JOINT, Entry(facts={"drop": sorted(found)}))
     return found
@@ -345,10 +347,11 @@ class _Visitor:
             mask.zero_()[..., alive] = solution.mask
 
         for at in self.decides.get(layer.name, []):
-            ids = self.net.groups[at].ids
+            ids = remaining(self.net.groups[at].ids, self.drop)
             alive = self._alive(columns)
             unit = units(columns, ids)
-            solve(Channel(unit[alive]), self.plan.channels[at], alive)
+            channel = Channel(unit[alive])
+            solve(channel, min(self.plan.channels[at], channel.count), alive)
             stays = mask.any(0).any(0)
             gone = [int(label) for u, label in enumerate(ids) if not bool(stays[unit == u].any())]
             self.drop.update(gone)
@@ -373,8 +376,7 @@ class _Visitor:
         return made, mask
 
     def _alive(self, columns: Tensor) -> Tensor:
-        dropped = torch.tensor(sorted(self.drop), dtype=torch.long, device=columns.device)
-        return ~torch.isin(columns, dropped)
+        return standing(columns, self.drop)
 
     def _fit_wide(self, stop: Stop) -> tuple[Weights, float, float]:
         """Fit a layer with more columns than moments can hold.
@@ -389,7 +391,7 @@ class _Visitor:
         teacher = to_matrix(stop.weight, None, stop.geometry).double()
         columns = torch.tensor(layer.columns, device=teacher.device)
         for at in self.decides.get(layer.name, []):
-            ids = self.net.groups[at].ids
+            ids = remaining(self.net.groups[at].ids, self.drop)
             unit = units(columns, ids)
             energy = teacher.square().sum((0, 1)) * x_s.square().sum((0, 2))
             score = torch.stack([energy[unit == u].sum() for u in range(len(ids))])
