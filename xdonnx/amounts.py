@@ -72,6 +72,13 @@ def amount_of(given: Any, kind: str) -> Amount:
     return Amount(number * units[unit], "B" if kind == "size" else "ms")
 
 
+def fraction_of(given: Any) -> Any:
+    """Return per cent in text as the fraction that they are, '50%' as 0.5; anything else as it is."""
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", given) if isinstance(given, str) else None
+    # As a decimal, since 99.9 / 100 is not 0.999.
+    return float(f"{found[1]}e-2") if found else given
+
+
 def settled(given: Any, kind: str) -> float | str:
     """Return a size or a latency as a job keeps it: a share as a number, else text without spaces."""
     found = amount_of(given, kind)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from xdonnx.budget import Budget
 from xdonnx.contents import content, digest, files_of, read_by
 from xdonnx.errors import VerifyError
 from xdonnx.events import Event, Log, hearing, legible
@@ -19,6 +20,7 @@ from xdonnx.fidelity import compare
 from xdonnx.gate import of_a_job
 from xdonnx.limits import warned
 from xdonnx.model import add_metadata, file_bytes, fingerprint, write_proto
+from xdonnx.pacing import NEAR
 from xdonnx.paths import rejected_path
 from xdonnx.report import Fidelity, FileInfo, LayerResult, Report, plain, tool
 from xdonnx.samples import fraction
@@ -121,8 +123,26 @@ def judged(
             "  See with xdonnx match which layers were taken for each other, or give more samples."
         )
         how["log"](Event("verify", text, level="warning"))
+    if text := _missed(budget, report):
+        how["log"](Event("verify", text, level="warning"))
     found = {"layers": tuple(layers), "warnings": (*heard, *report.warnings), "given": before}
     return Judged(student, report.model_copy(update=found))
+
+
+def _missed(budget: Budget, report: Report) -> str:
+    """Return by how much the student that was judged misses a latency that was asked for, noise considered, or ''."""
+    teacher = report.teacher.latency_ms if report.teacher else None
+    student = report.student.latency_ms if report.student else None
+    if budget.kind != "latency" or teacher is None or student is None or student.ratio is None:
+        return ""
+    wanted, ratio = budget.amount / (teacher.median if budget.unit else 1.0), student.ratio
+    if wanted - 2 * NEAR <= ratio.high and ratio.low <= wanted:
+        return ""
+    return (
+        f"--latency {budget.told} is {wanted:.1%} of what the teacher took in the end, {teacher.median:.3g} ms, and "
+        f"the student took {ratio.value:.1%} ({ratio.low:.1%} to {ratio.high:.1%}): the machine was not as fast as "
+        "when widths were chosen. Make it where nothing else runs, and time both again: xdonnx bench"
+    )
 
 
 def _before(job: Job, student: Path, held_out: Shots, how: Mapping[str, Any], heard: Sequence[str]) -> Fidelity | None:

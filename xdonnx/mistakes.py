@@ -15,7 +15,7 @@ _TAKES = {
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
-    "float_parsing": "a number, such as 0.5 for 50 %",
+    "float_parsing": "a number, such as 0.5",
     "bool_type": "True or False",
     "bool_parsing": "True or False",
     "tuple_type": "a tuple",

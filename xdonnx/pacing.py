@@ -219,7 +219,7 @@ def _chosen(budget: Budget, found: Sequence[Pace], net: Net, log: Log) -> tuple[
             "  Ask for more than that, or pass --residual."
         )
     best = max(kept, key=lambda pace: pace.ratio)
-    _warn(best, log)
+    _warn(budget, best, log)
     whole = macs(net, pretend(net, {}))
     tries = {
         tuple(pace.plan.channels.items()): Try(
@@ -243,8 +243,15 @@ def _check_slower(budget: Budget, found: Sequence[Pace]) -> None:
             )
 
 
-def _warn(pace: Pace, log: Log) -> None:
-    """Say so where the clock is hardly to be trusted."""
+def _warn(budget: Budget, pace: Pace, log: Log) -> None:
+    """Say so where nothing was near enough, or the clock is hardly to be trusted."""
+    if _gap(budget, pace) < -NEAR:
+        text = (
+            f"no student was found nearer to --latency {budget.told}, {_wanted(budget, pace):.1%} of the teacher's "
+            f"{pace.teacher:.3g} ms, than one at {pace.ratio:.1%}: widths go in steps, and times scatter. "
+            "--round-to 1 takes every width"
+        )
+        log(Event("pace", text, level="warning"))
     if pace.band.high - pace.band.low > WIDE:
         text = (
             "latencies scatter, as on a machine that does other work: a student measured at "

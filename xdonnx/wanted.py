@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from xdonnx.amounts import Amount, amount_of, settled
+from xdonnx.amounts import Amount, amount_of, fraction_of, settled
 from xdonnx.budget import KINDS, Budget, pattern_of
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.gate import Gate
@@ -103,6 +103,11 @@ class Job(BaseModel):
     @classmethod
     def _bytes(cls, given: Any) -> Any:
         return given if given is None else parsed_bytes(given)
+
+    @field_validator("keep", "macs", "params", mode="before")
+    @classmethod
+    def _share(cls, given: Any) -> Any:
+        return fraction_of(given)
 
     @field_validator("size", "latency", mode="before")
     @classmethod

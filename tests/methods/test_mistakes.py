@@ -23,7 +23,8 @@ GOOD = {"model": SAMPLES / "digits_mobile.onnx", "out": "student.onnx", "shots":
     [
         ({"stucture": "channel"}, "a job has no field 'stucture'. Did you mean 'structure'?\n  Fields are the flags"),
         ({"structure": 3}, "structure is 3.\n  It takes text."),
-        ({"macs": "50%"}, "macs is '50%'.\n  It takes a number, such as 0.5 for 50 %."),
+        ({"macs": "half"}, "macs is 'half'.\n  It takes a number, such as 0.5."),
+        ({"ridge": "1%"}, "ridge is '1%'.\n  It takes a number, such as 0.5."),
         ({"per_class": "few"}, "per_class is 'few'.\n  It takes a whole number."),
         ({"per_class": 1.5}, "per_class is 1.5.\n  It takes a whole number."),
         ({"residual": "perhaps"}, "residual is 'perhaps'.\n  It takes True or False."),
@@ -42,6 +43,11 @@ def test_a_field_of_the_wrong_kind_is_told(fields: dict[str, Any], message: str)
 
     assert message in str(told.value) and "pydantic" not in str(told.value)
     assert told.value.exit_code == 2
+
+
+def test_a_share_may_be_said_in_per_cent() -> None:
+    assert [Job(**GOOD | {name: "99.9 %"}).model_dump()[name] for name in ("keep", "macs", "params")] == [0.999] * 3
+    assert Job(**GOOD | {"macs": "50%"}) == Job(**GOOD | {"macs": 0.5})
 
 
 def test_a_field_that_is_missing_is_told() -> None:

@@ -12,12 +12,15 @@ import onnx
 import pytest
 
 import xdonnx
+from xdonnx import delivery
 from xdonnx.budget import Budget, Goal, Plan, candidates, macs, make_plan, pretend
 from xdonnx.cost import measure_cost
 from xdonnx.errors import NothingToDo
+from xdonnx.events import Event
 from xdonnx.graph import read_net
 from xdonnx.model import read_proto
 from xdonnx.pacing import Race, paced, student_of
+from xdonnx.report import Figures, Latency, LatencyRatio, Report
 from xdonnx.runtime import answer, open_session
 from xdonnx.tables import Clock, Kind, Table, coarser, goal_of, multiple_of, one_layer, undominated
 
@@ -211,6 +214,48 @@ CONV = Kind("Conv", (3, 3), (2, 2), (1, 1), (1, 1, 1, 1), (), 1, 1, (1, 9, 9), "
 def test_a_model_of_one_layer_runs_and_makes_what_it_should(kind: Kind, point: Any, makes: tuple[int, ...]) -> None:
     model, feed = one_layer(kind, point)
     assert answer(open_session(model), feed)["y"].shape == makes
+
+
+def test_a_student_that_is_far_below_the_target_is_told_with_what_was_asked() -> None:
+    """Between 60 and 100 % of the time no width is to be had: rounding lets none."""
+    watch = clock(lambda model, macs: 5.39 if macs > 5 else min(macs, 0.6 * 5.39))
+    heard: list[Event] = []
+    goal = goal_of(NET, EVERY, Budget("latency", 0.9), watch)
+
+    _, tries = paced(Budget("latency", 0.9), goal, divide, Race(NET, VGG, FEED, watch), heard.append)
+
+    (chosen,) = (one.latency for one in tries if one.chosen)
+    assert chosen is not None and chosen <= 0.6
+    (told,) = (event.text for event in heard if event.level == "warning")
+    assert f"nearer to --latency 90%, 90.0% of the teacher's 5.39 ms, than one at {chosen:.1%}" in told
+
+
+@pytest.mark.parametrize(
+    ("target", "teacher", "student", "band", "says"),
+    [
+        (Budget("latency", 0.1, unit="ms"), 0.25, 0.14, 0.02, "is 40.0% of what the teacher took in the end, 0.25 ms"),
+        (Budget("latency", 0.1, unit="ms"), 0.125, 0.0975, 0.02, ""),
+        (Budget("latency", 0.8), 0.1, 0.083, 0.02, "took 83.0% (81.0% to 85.0%)"),
+        (Budget("latency", 0.8), 0.1, 0.081, 0.02, ""),
+        (Budget("latency", 0.8), 0.1, 0.07, 0.02, "took 70.0%"),
+        (Budget("latency", 0.8), 0.1, 0.07, 0.05, ""),
+        (Budget("macs", 0.5), 0.1, 0.2, 0.01, ""),
+    ],
+)
+def test_a_student_whose_last_timing_misses_the_target_is_told(
+    target: Budget, teacher: float, student: float, band: float, says: str
+) -> None:
+    def figures(median: float, ratio: LatencyRatio | None) -> Figures:
+        times = Latency(median=median, q1=median, q3=median, provider="CPU", threads=1, runs=9, batch=1, ratio=ratio)
+        return Figures(bytes=1, params=1, nonzero=1, macs=1, latency_ms=times)
+
+    share = student / teacher
+    ratio = LatencyRatio(value=share, low=share - band, high=share + band, confidence=0.95)
+    report = Report.model_construct(teacher=figures(teacher, None), student=figures(student, ratio))
+
+    told = delivery._missed(target, report)
+
+    assert (says in told) if says else not told
 
 
 def test_a_student_of_a_real_clock_is_faster_and_the_report_tells_the_tries(

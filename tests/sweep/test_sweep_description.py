@@ -126,6 +126,16 @@ def test_a_space_is_ranges_and_choices_and_what_the_file_lists(tmp_path: Path) -
         ("{ keep", "{ keeps", r"targets 1: unknown key: 'keeps'. Did you mean 'keep'\?"),
         ("{ keep", '{ structure = "element", keep', r"targets 1: does not stand here: 'structure'"),
         ('name = "l1-norm"', 'nam = "l1-norm"', r"\[\[method\]\] 1: no name"),
+        (
+            'name = "l1-norm"',
+            'name = "l1norm"',
+            r"\[\[method\]\] 1: 'l1norm' is no method, and nothing else is said. Did you mean 'l1-norm'\?\n  Say",
+        ),
+        (
+            '"20%"',
+            '"20%" }, { keep = "250%"',
+            r"target 'keep 250%': --keep is 2.5.\n  It is a fraction above",
+        ),
         ('name = "refitted"', 'name = "l1-norm"', r"two methods named 'l1-norm'"),
         ('method = "cross"', 'method = "corss"', r"there is no method 'corss'. Did you mean 'cross'\?"),
         ('method = "cross"', 'keep = 0.3\nmethod = "cross"', r"'keep' is said by \[\[method\]\] and by targets"),

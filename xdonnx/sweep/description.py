@@ -276,6 +276,12 @@ def _method(given: dict[str, Any], at: int, file: str, options: Any) -> Choice:
     name = _name(given, otherwise, f"'{file}', [[method]] {at}")
     if "method" not in given and name in available():
         given["method"] = name
+    elif not given:
+        near = did_you_mean(name, available())
+        raise JobError(
+            f"'{file}', [[method]] {at}: '{name}' is no method, and nothing else is said.{near}\n"
+            f'  Say what it is: method = "cross". Methods: {", ".join(available())}.'
+        )
     return Choice(name, options(given, f"[[method]] '{name}'"))
 
 

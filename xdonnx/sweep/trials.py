@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from xdonnx.budget import pattern_of
+from xdonnx.budget import KINDS, check_budget, pattern_of
 from xdonnx.errors import JobError
 from xdonnx.sweep.description import Choice, Description, Teacher
 from xdonnx.sweep.identity import key
@@ -128,7 +128,8 @@ def _is_pattern(structure: str) -> bool:
 def _refusal(job: Job) -> str:
     """Return why a job cannot be carried out as written, as far as that shows without its files."""
     try:
-        job.budget()
+        if (budget := job.budget()).kind in KINDS:
+            check_budget(budget)
         job.measured()
         job.methods()
     except JobError as error:
