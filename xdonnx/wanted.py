@@ -20,6 +20,7 @@ from pydantic import (
 
 from xdonnx.amounts import Amount, amount_of, settled
 from xdonnx.budget import KINDS, Budget, pattern_of
+from xdonnx.draw import check_seed
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
@@ -103,6 +104,11 @@ class Job(BaseModel):
     @classmethod
     def _bytes(cls, given: Any) -> Any:
         return given if given is None else parsed_bytes(given)
+
+    @field_validator("seed")
+    @classmethod
+    def _seed(cls, given: int) -> int:
+        return check_seed(given)
 
     @field_validator("size", "latency", mode="before")
     @classmethod
