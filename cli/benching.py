@@ -35,7 +35,7 @@ _SHOTS = (
     "Feed real samples: a folder of images, .npz or .npy. NAME=PATH, repeated, for several inputs. Default: random "
     "numbers of the graph's types and shapes."
 )
-_BATCH = "Samples in each run. Default: as many as the graph fixes, else 1."
+_BATCH = "Samples in each run, of every model. Default: as many as one of the graphs fixes, else 1."
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,12 @@ def bench(
     check_device(device)
     ports = [_sized(interface(read_proto(model)).inputs, shapes) for model in models]
     _check_names(shapes, ports)
-    batches = [_batch_of(mine, batch, shapes) for mine in ports]
+    fixed = _fixed_batches(models, ports)
+    count = _batch(fixed, batch, [shapes[port.name][0] for mine in ports for port in mine if port.name in shapes])
     # A number of rounds alone is a wish for exactly so many.
     ends = seconds or (SECONDS if rounds is None else math.inf)
     with told(talk) as log:
-        feeds = _feeds(ports, batches, shots, preprocess, seed, log)
+        feeds = _feeds(ports, count, shots, preprocess, seed, log)
         times, ran = turns(
             models,
             feeds,
@@ -132,19 +133,20 @@ def bench(
     ]
     facts = {
         "inputs": "samples" if shots else "random numbers",
-        "batch": batches[0],
+        "batch": count,
         "runs": len(times),
         "threads": threads,
         "device": device,
     }
     put_json(talk.json, encoder.dumps({**facts, "models": _rows(found, feeds)}, indent=2))
-    _show(tables(talk), found, facts, feeds[0], quiet=talk.quiet)
+    why = f", the batch that '{next(iter(fixed))}' fixes" if 0 < len(fixed) < len(set(models)) else ""
+    _show(tables(talk), found, facts, feeds[0], why, quiet=talk.quiet)
     return 0
 
 
 def _feeds(
     ports: Sequence[Sequence[Port]],
-    batches: Sequence[int],
+    batch: int,
     shots: list[str] | None,
     preprocess: Preprocess,
     seed: int,
@@ -154,9 +156,9 @@ def _feeds(
     from xdonnx.shots import read_shots
 
     if not shots:
-        return [_random(mine, batch, seed) for mine, batch in zip(ports, batches, strict=True)]
+        return [_random(mine, batch, seed) for mine in ports]
     inputs = [read_shots(shots, mine, preprocess, log=log).inputs for mine in ports]
-    return [_first(values, batch) for values, batch in zip(inputs, batches, strict=True)]
+    return [_first(values, batch) for values in inputs]
 
 
 def _rows(found: Sequence[Timing], feeds: Sequence[Feed]) -> list[dict[str, Any]]:
@@ -187,13 +189,27 @@ def _check_names(shapes: Mapping[str, Any], ports: Sequence[Sequence[Port]]) -> 
             raise JobError(f"--input-shape: no model has an input '{name}'.\n  Inputs: {', '.join(names)}.")
 
 
-def _batch_of(ports: Sequence[Port], asked: int | None, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return how many samples a run takes."""
-    fixed = {port.shape[0] for port in ports if port.shape and isinstance(port.shape[0], int)}
-    if asked is not None and fixed - {asked}:
-        raise JobError(f"--batch {asked}: the graph takes {max(fixed)} samples at once.\n  Leave --batch out.")
-    given = [shapes[port.name][0] for port in ports if port.name in shapes]
-    return asked or max(fixed, default=0) or next(iter(given), 1)
+def _fixed_batches(models: Sequence[Path], ports: Sequence[Sequence[Port]]) -> dict[Path, int]:
+    """Return {model: samples that it takes at once} of the models whose graphs fix that."""
+    found = {}
+    for model, mine in zip(models, ports, strict=True):
+        if own := [port.shape[0] for port in mine if port.shape and isinstance(port.shape[0], int)]:
+            found[model] = max(own)
+    return found
+
+
+def _batch(fixed: Mapping[Path, int], asked: int | None, given: Sequence[int]) -> int:
+    """Return how many samples a run of each model takes: times of different numbers do not compare."""
+    first = next(iter(fixed), None)
+    for model, count in fixed.items():
+        if first is not None and count != fixed[first]:
+            raise JobError(
+                f"'{first}' takes {fixed[first]} samples at once and '{model}' {count}: their times do not compare.\n"
+                "  Time each alone, or export both for the same batch."
+            )
+        if asked is not None and count != asked:
+            raise JobError(f"--batch {asked}: '{model}' takes {count} samples at once.\n  Leave --batch out.")
+    return asked or (fixed[first] if first is not None else next(iter(given), 1))
 
 
 def _random(ports: Sequence[Port], batch: int, seed: int) -> Feed:
@@ -242,7 +258,10 @@ def _timing(model: Path, size: int, times: np.ndarray[Any, Any], at: int, provid
     return Timing(model, size, median, q1, q3, provider, band.value, band.low, band.high, band.confidence)
 
 
-def _show(console: Console, found: Sequence[Timing], facts: Mapping[str, Any], feed: Feed, *, quiet: bool) -> None:
+def _show(
+    console: Console, found: Sequence[Timing], facts: Mapping[str, Any], feed: Feed, why: str, *, quiet: bool
+) -> None:
+    """Print the table, and below it how it was measured; `why` tells what decided on the batch."""
     compared = len(found) > 1
     names = shortened([str(timing.model) for timing in found], room(console, 70 if compared else 30))
     sure = all(timing.confidence >= _SURE for timing in found)
@@ -261,6 +280,6 @@ def _show(console: Console, found: Sequence[Timing], facts: Mapping[str, Any], f
     ran = ", ".join(dict.fromkeys(timing.provider.removesuffix("ExecutionProvider") for timing in found))
     say(console, f"{facts['runs']} runs each, in turns, after a warm-up; {ran}, {threads}", "dim")
     shapes = ", ".join(f"{name} {values.dtype} {values.shape}" for name, values in feed.items())
-    say(console, f"fed with {facts['inputs']}: {shapes}", "dim")
+    say(console, f"fed with {facts['inputs']}: {shapes}{why}", "dim")
     if not facts["device"].startswith("cpu") and ran == "CPU":
         say(console, f"warning: {facts['device']} was asked for, but onnxruntime ran on the CPU", "yellow")

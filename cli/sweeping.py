@@ -123,7 +123,8 @@ def _dry_run(described: Description, folder: Path, talk: Talk) -> int:
             say(tables(talk), f"{name}: {text}")
         say(tables(talk), f"{described.search.trials} points for each of {len(described.models)} models", "dim")
         return 0
-    listed = [(state_of(trial, records), trial) for trial in grid(described, folder)]
+    kept = folder if described.run.students == "all" else None
+    listed = [(state_of(trial, records, kept), trial) for trial in grid(described, folder)]
     found = [
         {"state": state, "key": trial.key, "model": trial.model, "choices": dict(trial.choices), "seed": trial.seed}
         for state, trial in listed

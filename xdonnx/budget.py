@@ -320,12 +320,16 @@ def floor(net: Net, budget: Budget) -> float:
     """Return the share of MACs, or of weights, that is left where as little stays as may."""
     if budget.structure == "channel":
         cost = target(net, budget).cost
-        groups = {at: net.groups[at] for at in candidates(net, budget)}
-        least = {at: min(multiple(group, budget), len(group.ids)) for at, group in groups.items()}
-        return cost(least) / max(cost({}), 1)
+        return cost(fewest(net, budget)) / max(cost({}), 1)
     named = _named(net, budget)
     free = sum(int(net.array(layer.weight).size) for layer in weight_layers(net) if layer.name in named)
     return 1 - free / max(params(net, np.ones(net.labels, bool)), 1)
+
+
+def fewest(net: Net, budget: Budget) -> dict[int, int]:
+    """Return {group: the fewest channels that rounding leaves it} of the groups that may lose some."""
+    groups = {at: net.groups[at] for at in candidates(net, budget)}
+    return {at: min(multiple(group, budget), len(group.ids)) for at, group in groups.items()}
 
 
 def out_of_reach(budget: Budget, least: float, whole: float) -> NothingToDo:

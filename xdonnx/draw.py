@@ -13,6 +13,8 @@ from xdonnx.errors import JobError, ShotsError
 
 Array = NDArray[Any]
 
+# NumPy takes no seed below zero, torch none above this.
+LARGEST_SEED = 2**64 - 1
 # Rows that are looked at together.
 _BATCH = 64
 
@@ -45,6 +47,13 @@ class Numbered(Protocol):
 
 
 Rows = TypeVar("Rows", bound=Numbered)
+
+
+def check_seed(seed: int) -> int:
+    """Return a seed that both generators take; raises JobError for another."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise JobError(f"--seed is {seed}.\n  It is a whole number from 0 to {LARGEST_SEED}.")
+    return seed
 
 
 def draw(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xdonnx.draw import unseen
+from xdonnx.draw import check_seed, unseen
 from xdonnx.errors import JobError, ShotsError
 from xdonnx.events import Event, Log, ignore
 from xdonnx.feeds import wants
@@ -45,7 +45,7 @@ class Request:
     synthetic_shots : int, optional
         Random noise, so much of it, in place of samples.
     seed : int
-        Of every draw.
+        Of every draw; raises JobError for one that `draw.check_seed` does not take.
     pool : path, sequence of paths, or samples in memory, optional
         Unlabelled images besides, related to the samples or not.
     """
@@ -60,6 +60,9 @@ class Request:
     synthetic_shots: int | None = None
     seed: int = 0
     pool: Any = None
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from xdonnx.agreement import keep_sparse
-from xdonnx.budget import Budget, Goal, Plan
+from xdonnx.budget import Budget, Goal, Plan, fewest, out_of_reach
 from xdonnx.errors import NothingToDo
 from xdonnx.events import Log, ignore
 from xdonnx.figures import amount
@@ -26,8 +26,8 @@ from xdonnx.tallies import Tally, tally
 
 # Files are weighed so often at most: each time the limit for what is predicted falls by what the last was too heavy.
 _TRIES = 12
-# Shares of the weights that are looked at.
-_STEPS = 30
+# Shares of the weights that are looked at, and the least of them.
+_STEPS, _LEAST = 30, 1e-6
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class Scales:
             return file_bytes(path)
 
 
-def fitted(budget: Budget, limit: int, divide: Callable[[Budget, Goal | None], Plan], scales: Scales) -> Plan:
+def fitted(
+    budget: Budget, limit: int, teacher: int, divide: Callable[[Budget, Goal | None], Plan], scales: Scales
+) -> Plan:
     """Return a plan whose file is within a limit.
 
     Parameters
@@ -87,6 +89,8 @@ def fitted(budget: Budget, limit: int, divide: Callable[[Budget, Goal | None], P
         Of kind 'size'.
     limit : int
         Bytes.
+    teacher : int
+        Bytes of its file, of which a target may be a share.
     divide : callable
         Turns a budget, and for channels a goal, into a plan.
     scales : Scales
@@ -96,22 +100,34 @@ def fitted(budget: Budget, limit: int, divide: Callable[[Budget, Goal | None], P
     NothingToDo
         The limit is out of reach, with the least that is in reach; or the file is within it whatever stays.
     """
-    net, spare = scales.net, 0
+    net = scales.net
     whole = scales.weigh(Plan(budget.structure))
     if whole <= limit:
         raise NothingToDo(
             f"--size {budget.told} keeps everything: all of the model is {amount(whole, 'B')} as it would be written.\n"
             "  Ask for less."
         )
-    best = 0
+    # What is predicted of channels is exact but for metadata, which are much of a small file.
+    spare = max(0, whole - _bytes(cut(net, Patch()))) if budget.structure == "channel" else 0
     for at in range(_TRIES):
-        plan = _planned(net, budget, limit - spare, divide)
+        try:
+            plan = _planned(net, budget, limit - spare, divide)
+        except NothingToDo:
+            break  # by what is predicted, or as nothing may go at all
         found = scales.weigh(plan)
         if found <= limit:
             return plan
-        best = min(best or found, found)
         spare += (found - limit) << at  # a byte less may change no plan
-    raise NothingToDo(f"--size {budget.told} is out of reach: {amount(best, 'B')} remain.\n  Ask for more than that.")
+    plan = _leanest(net, budget, divide)
+    least = scales.weigh(plan)
+    if least <= limit:
+        return plan
+    if budget.structure == "channel":
+        raise out_of_reach(budget, least, teacher)
+    raise NothingToDo(
+        f"--size {budget.told} is out of reach: with hardly a weight left where weights may go, "
+        f"{amount(least, 'B')} ({least / teacher:.1%}) remain.\n  Ask for more than that, or use --structure channel."
+    )
 
 
 def channel_goal(net: Net, limit: float) -> Goal:
@@ -140,6 +156,14 @@ def _planned(net: Net, budget: Budget, limit: float, divide: Callable[[Budget, G
     return _element_plan(net, budget, limit, divide)
 
 
+def _leanest(net: Net, budget: Budget, divide: Callable[[Budget, Goal | None], Plan]) -> Plan:
+    """Return the plan of the smallest file there is; raises NothingToDo where nothing may go."""
+    if budget.structure == "channel":
+        goal = channel_goal(net, 0)
+        return divide(budget, replace(goal, limit=goal.cost(fewest(net, budget))))
+    return divide(replace(budget, kind="keep", amount=_LEAST, unit=""), None)
+
+
 def _element_plan(net: Net, budget: Budget, limit: float, divide: Callable[[Budget, Goal | None], Plan]) -> Plan:
     """Return the plan that keeps the largest share of the weights within a limit."""
 
@@ -150,13 +174,10 @@ def _element_plan(net: Net, budget: Budget, limit: float, divide: Callable[[Budg
         return plan, rest - saved
 
     rest = _bytes(cut(net, Patch()))
-    low, high = 1e-6, 1.0
+    low, high = _LEAST, 1.0
     plan, least = of(low)
     if least > limit:
-        raise NothingToDo(
-            f"--size {budget.told} is out of reach: with hardly a weight left where weights may go, "
-            f"{amount(least, 'B')} remain.\n  Ask for more than that, or use --structure channel."
-        )
+        raise NothingToDo(f"with hardly a weight left {amount(least, 'B')} are predicted.")
     for _ in range(_STEPS):
         middle = (low + high) / 2
         found, size = of(middle)

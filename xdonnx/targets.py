@@ -74,7 +74,8 @@ def met(
         return make_plan(net, wanted, goal) if curves is None else allocate(net, curves, wanted, goal)
 
     if budget.kind == "size":
-        return fitted(budget, limit_of(budget, means.teacher), divide, means.scales), ()
+        whole = file_bytes(means.teacher)
+        return fitted(budget, limit_of(budget, means.teacher), whole, divide, means.scales), ()
     if budget.kind == "latency":
         goal = goal_of(net, candidates(net, budget), budget, means.clock, log)
         return paced(

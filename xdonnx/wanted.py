@@ -20,6 +20,7 @@ from pydantic import (
 
 from xdonnx.amounts import Amount, amount_of, fraction_of, settled
 from xdonnx.budget import KINDS, Budget, pattern_of
+from xdonnx.draw import check_seed
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.gate import Gate
 from xdonnx.images import Preprocess
@@ -108,6 +109,11 @@ class Job(BaseModel):
     @classmethod
     def _share(cls, given: Any) -> Any:
         return fraction_of(given)
+
+    @field_validator("seed")
+    @classmethod
+    def _seed(cls, given: int) -> int:
+        return check_seed(given)
 
     @field_validator("size", "latency", mode="before")
     @classmethod

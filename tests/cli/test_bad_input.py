@@ -172,6 +172,7 @@ MISTAKES: list[tuple[str, Callable[[Path], Arguments], int, str]] = [
     ("gate of no name", teacher("--warn-only", "max-dorp"), 2, "max_drop"),
     ("device that is absent", teacher("--device", "cuda:9"), 8, "cuda:9"),
     ("device of no kind", teacher("--device", "gpu"), 2, "cuda:0"),
+    ("seed of no generator", teacher("--seed", str(2**64)), 2, f"--seed is {2**64}.\n  It is a whole number from 0"),
     ("out of reach", teacher("--macs", "0.1%"), 7, "out of reach"),
     ("out of hardly any reach", teacher("--macs", "0.01%"), 7, "--macs 0.01% is out of reach"),
     ("out of another kind", teacher("-o", "student.pt"), 2, "-o student.onnx"),
@@ -266,3 +267,13 @@ def test_what_the_machine_lacks_is_told_apart(monkeypatch: pytest.MonkeyPatch, e
     ended = call("inspect", TEACHER)
 
     assert ended.code == 8 and says in ended.err
+
+
+@pytest.mark.parametrize("verb", ["plan", "match", "verify"])
+def test_every_command_refuses_a_seed_that_no_generator_takes(verb: str, here: Path) -> None:
+    where = {"plan": ["-o", "plan.toml"], "match": [TEACHER], "verify": [TEACHER]}[verb]
+
+    ended = call(verb, TEACHER, *where, *SHOTS, "--seed", str(2**64))
+
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith(f"error: --seed is {2**64}.") and listing(here) == {}

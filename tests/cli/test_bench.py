@@ -31,6 +31,16 @@ def save(path: Path, inputs: dict[str, tuple[int, list[int | str | None]]]) -> s
     return str(path)
 
 
+def batched(path: Path, batch: int) -> str:
+    """Write the teacher with a fixed batch."""
+    model = onnx.load(TEACHER)
+    for port in (*model.graph.input, *model.graph.output):
+        port.type.tensor_type.shape.dim[0].dim_value = batch
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+    return path.name
+
+
 def test_a_model_with_less_to_do_is_faster_and_the_numbers_agree(here: Path) -> None:
     ended = call("bench", VGG, TEACHER, "--rounds", "60", "--threads", "1", "--json", "-")
 
@@ -124,7 +134,7 @@ def test_a_size_that_the_graph_leaves_open_has_to_be_chosen(here: Path) -> None:
 
     assert asked.code == 2 and "--input-shape x:" in asked.err
     assert chosen.code == 0, chosen.err
-    assert [model["shapes"] for model in json.loads(chosen.out)["models"]] == [{"x": [2, 5]}, {"image": [1, 1, 16, 16]}]
+    assert [model["shapes"] for model in json.loads(chosen.out)["models"]] == [{"x": [2, 5]}, {"image": [2, 1, 16, 16]}]
 
 
 @pytest.mark.parametrize(
@@ -143,12 +153,42 @@ def test_mistakes_end_before_anything_is_timed(flags: list[str], code: int, word
     assert ended.code == code and words in ended.err and ended.out == ""
 
 
-def test_a_batch_that_the_graph_does_not_take_is_refused(here: Path) -> None:
-    model = save(here / "m.onnx", {"x": (TensorProto.FLOAT, [4, 2])})
+@pytest.mark.parametrize("flags", [[], SHOTS])
+def test_a_model_with_a_free_batch_takes_as_many_as_one_that_fixes_them(flags: list[str], here: Path) -> None:
+    """The same network fed with one sample here and four there looked 9.5 times slower."""
+    four = batched(here / "four.onnx", 4)
 
-    ended = call("bench", model, "--batch", "2")
+    for models in ([TEACHER, four], [four, TEACHER]):
+        ended = call("bench", *models, *flags, "--rounds", "6", "--json", "-", width=160)
 
-    assert ended.code == 2 and "takes 4 samples at once" in ended.err
+        found = json.loads(ended.out)
+        assert ended.code == 0 and found["batch"] == 4, ended.err
+        assert [model["shapes"] for model in found["models"]] == [{"image": [4, 1, 16, 16]}] * 2
+        assert f"image float32 (4, 1, 16, 16), the batch that '{four}' fixes" in " ".join(ended.err.split())
+
+    alone = call("bench", four, *flags, "--rounds", "3")
+    assert alone.code == 0 and "(4, 1, 16, 16)" in alone.out and "the batch that" not in alone.out
+
+
+def test_models_that_fix_different_batches_are_not_compared(here: Path) -> None:
+    four, two = batched(here / "four.onnx", 4), batched(here / "two.onnx", 2)
+
+    ended = call("bench", TEACHER, four, two, "--rounds", "3")
+
+    assert ended.code == 2 and ended.out == ""
+    said = " ".join(ended.err.split())
+    assert f"'{four}' takes 4 samples at once and '{two}' 2: their times do not compare" in said
+    assert "Time each alone, or export both for the same batch" in said
+
+
+def test_a_batch_that_a_graph_does_not_take_is_refused(here: Path) -> None:
+    model = batched(here / "m.onnx", 4)
+
+    ended = call("bench", TEACHER, model, "--batch", "2")
+
+    assert ended.code == 2 and ended.out == ""
+    assert f"--batch 2: '{model}' takes 4 samples at once. Leave --batch out." in " ".join(ended.err.split())
+    assert call("bench", TEACHER, model, "--batch", "4", "--rounds", "3").code == 0
 
 
 def test_time_ends_a_measurement_and_torch_is_not_imported(here: Path) -> None:

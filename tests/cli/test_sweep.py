@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,15 @@ def test_a_dry_run_lists_what_is_done_and_what_is_not_and_writes_nothing(done: t
     assert [(trial["state"], trial["seed"]) for trial in json.loads(listed.out)] == [
         ("todo", 1), ("todo", 1), ("todo", 2), ("todo", 2),
     ]  # fmt: skip
+
+
+def test_a_dry_run_lists_students_that_are_wanted_and_gone(done: tuple[Path, Any], here: Path) -> None:
+    shutil.copytree(done[0], "copy")
+    next(Path("copy/out/trials").rglob("student*.onnx")).unlink()
+    for which, first in (("all", "again"), ("none", "done")):
+        Path("copy/sweep.toml").write_text(SWEEP + f'\n[run]\nstudents = "{which}"\n')
+        listed = call("sweep", "copy/sweep.toml", "-o", "copy/out", "--dry-run", "--json", "-")
+        assert sorted(trial["state"] for trial in json.loads(listed.out)) == [first, "done", "done", "done"]
 
 
 def test_a_dry_run_of_a_search_names_what_it_chooses_from(here: Path) -> None:

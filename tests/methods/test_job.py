@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import same_interface
 
+import xdonnx
 import xdonnx.methods as table_of_methods
 from xdonnx.budget import Plan
 from xdonnx.errors import JobError, ShotsError, VerifyError
@@ -61,6 +62,20 @@ def test_half_the_macs_for_less_than_a_point(teacher: str, tmp_path: Path) -> No
     for rows in (1, 7):
         image = np.random.default_rng(0).random((rows, 1, 16, 16), np.float32)
         assert answer(open_session(tmp_path / "student.onnx"), {"image": image})["logits"].shape == (rows, 10)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 10**30])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int, tmp_path: Path) -> None:
+    """Those that torch does not take ended as an internal error, in the middle of the job."""
+    with pytest.raises(JobError, match=rf"--seed is {seed}\.\n  It is a whole number from 0 to {2**64 - 1}"):
+        job(tmp_path, seed=seed)
+    with pytest.raises(JobError, match="--seed is"):
+        xdonnx.verify(SAMPLES / "digits_vgg.onnx", SAMPLES / "digits_vgg.onnx", SAMPLES / "shots", seed=seed)
+
+
+def test_the_largest_seed_is_taken(tmp_path: Path) -> None:
+    report = run(job(tmp_path, per_class=5, seed=2**64 - 1))
+    assert report.status == "passed" and report.seed == 2**64 - 1
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:

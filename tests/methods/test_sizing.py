@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import xdonnx
 from xdonnx.amounts import Amount, amount_of, settled
-from xdonnx.budget import Budget, make_plan
+from xdonnx.budget import Budget, Plan, make_plan
 from xdonnx.errors import JobError, NothingToDo
 from xdonnx.graph import read_net
 from xdonnx.model import file_bytes, read_proto
@@ -88,7 +91,7 @@ def test_a_plan_fills_the_limit_and_no_more(model: Path, structure: str) -> None
     for share in (0.35, 0.6):
         budget, limit = Budget("size", share, structure, round_to=1), int(share * file_bytes(model))
 
-        plan = fitted(budget, limit, lambda b, goal: make_plan(balance.net, b, goal), balance)
+        plan = fitted(budget, limit, file_bytes(model), lambda b, goal: make_plan(balance.net, b, goal), balance)
 
         assert 0.93 * limit < balance.weigh(plan) <= limit
 
@@ -108,19 +111,43 @@ def test_the_file_that_is_written_is_within_the_limit(tmp_path: Path, more: dict
     assert report.job["size"] == "90kB"
 
 
-@pytest.mark.parametrize("structure", ["channel", "element"])
-def test_a_size_out_of_reach_says_what_is_in_reach_and_a_large_one_that_nothing_would_go(structure: str) -> None:
-    balance = scales(RESIDUAL)
+def stamp(student: onnx.ModelProto) -> None:
+    """Write as much as a job writes into its students."""
+    student.metadata_props.add(key="xdonnx.job", value="x" * 500)
 
-    def divide(budget: Budget, goal: Any) -> Any:
-        return make_plan(balance.net, budget, goal)
+
+@pytest.mark.parametrize("stamped", [False, True])
+@pytest.mark.parametrize("structure", ["channel", "element"])
+def test_a_size_out_of_reach_says_what_is_in_reach_and_a_large_one_that_nothing_would_go(
+    structure: str, stamped: bool
+) -> None:
+    balance, teacher = scales(RESIDUAL), file_bytes(RESIDUAL)
+    balance = replace(balance, stamp=stamp) if stamped else balance
+
+    def plan(amount: float, unit: str = "B") -> Plan:
+        budget, limit = Budget("size", amount, structure, unit=unit), amount if unit else amount * teacher
+        return fitted(budget, int(limit), teacher, lambda b, goal: make_plan(balance.net, b, goal), balance)
 
     with pytest.raises(NothingToDo, match=r"--size 2% is out of reach: .* kB .*remain") as error:
-        fitted(Budget("size", 0.02, structure), int(0.02 * file_bytes(RESIDUAL)), divide, balance)
-    least = float(str(error.value).split(" kB")[0].split()[-1]) * 1000
-    with pytest.raises(NothingToDo, match="out of reach"):
-        fitted(Budget("size", 0.9 * least, structure, unit="B"), int(0.9 * least), divide, balance)
-    reached = fitted(Budget("size", 1.1 * least, structure, unit="B"), int(1.1 * least), divide, balance)
-    assert balance.weigh(reached) <= 1.1 * least
+        plan(0.02, unit="")
+    told, share = re.findall(r"([\d.]+) kB \(([\d.]+)%\)", str(error.value))[0]
+    assert float(told) * 1000 / teacher == pytest.approx(float(share) / 100, rel=0.03), "a share of the teacher's file"
+    for less in (0.5, 0.9, 0.99):
+        with pytest.raises(NothingToDo, match=rf"out of reach: .* {told} kB \({share}%\) remain"):
+            plan(less * float(told) * 1000)
+    reached = 1.01 * float(told) * 1000
+    assert 0.98 * reached < balance.weigh(plan(reached)) <= reached
     with pytest.raises(NothingToDo, match="keeps everything"):
-        fitted(Budget("size", 2e6, structure, unit="B"), 2_000_000, divide, balance)
+        plan(2e6)
+
+
+def test_metadata_count_where_hardly_anything_is_to_go() -> None:
+    """As large as what was to go, they made every layer keep all its channels, or the target out of reach."""
+    balance, teacher = replace(scales(VGG), stamp=stamp), file_bytes(VGG)
+    whole = balance.weigh(Plan())
+
+    for less in (1, 100, 400):
+        budget = Budget("size", whole - less, round_to=1, unit="B")
+        plan = fitted(budget, whole - less, teacher, lambda b, goal: make_plan(balance.net, b, goal), balance)
+
+        assert whole * 0.9 < balance.weigh(plan) <= whole - less

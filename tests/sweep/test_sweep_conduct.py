@@ -21,6 +21,7 @@ from recipes import GRID, described, students, swept
 import xdonnx
 from xdonnx.errors import JobError, MachineError, NothingToDo, ShotsError
 from xdonnx.events import Event
+from xdonnx.model import fingerprint
 from xdonnx.sweep.conduct import run_sweep
 from xdonnx.sweep.description import Running
 from xdonnx.sweep.measuring import Task
@@ -206,6 +207,57 @@ def test_students_are_kept_as_the_file_says(tmp_path: Path, which: str, kept: in
         trial.folder.removeprefix("trials/") for trial in expected
     }
     assert len(list((tmp_path / "out" / "trials").rglob("report.json"))) == 2
+
+
+def kept(folder: Path) -> set[str]:
+    """Return the folders of trials in which there is a student."""
+    return {f"trials/{path.parent.name}" for path in (folder / "out" / "trials").rglob("student*.onnx")}
+
+
+@pytest.mark.parametrize(("which", "lost"), [("best", 1), ("none", 2)])
+def test_students_that_were_not_kept_are_made_again_once_all_are_wanted(tmp_path: Path, which: str, lost: int) -> None:
+    """They were counted as done: nothing was taken, the exit code was 0, and the files were missing."""
+    text = GRID.replace("seeds = [0, 1]", "seeds = [0]")
+    before = swept(tmp_path, text, run={"students": which})
+    assert len(kept(tmp_path)) == 2 - lost
+
+    again = swept(tmp_path, text)
+
+    assert again.taken == lost and again.exit_code == 0 and facts(again) == facts(before)
+    assert kept(tmp_path) == {trial.folder for trial in again.trials}
+    for trial in again.trials:
+        (file,) = (tmp_path / "out" / trial.folder).glob("student*.onnx")
+        assert fingerprint(file) == trial.student_sha256
+    assert swept(tmp_path, text).taken == 0
+
+
+@pytest.mark.parametrize("which", ["best", "none"])
+def test_the_best_are_made_again_where_another_beat_them_before(tmp_path: Path, which: str) -> None:
+    text = GRID.replace("seeds = [0, 1]", "seeds = [0]")
+    before = swept(tmp_path, text, run={"students": which})
+    (beaten,) = (trial for trial in before.trials if trial.choices["method"] == "l1-norm")
+    assert beaten.folder not in kept(tmp_path)
+
+    alone = text.split('[[method]]\nname = "refitted"')[0]
+    again = swept(tmp_path, alone, run={"students": "best"})
+
+    assert again.points[0].optimal and again.taken == 1 and beaten.folder in kept(tmp_path)
+    assert facts(again) == [fact for fact in facts(before) if fact["key"] == beaten.key]
+    assert swept(tmp_path, alone, run={"students": "best"}).taken == 0
+    assert swept(tmp_path, alone, run={"students": "none"}).taken == 0
+
+
+def test_an_interrupt_while_a_student_is_made_again_loses_no_result(tmp_path: Path) -> None:
+    text = GRID.replace("seeds = [0, 1]", "seeds = [0]")
+    before = swept(tmp_path, text, run={"students": "none"})
+
+    def stop(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    stopped = swept(tmp_path, text, run={"students": "best"}, log=stop)
+    assert (stopped.exit_code, stopped.taken) == (130, 0) and facts(stopped) == facts(before)
+    again = swept(tmp_path, text, run={"students": "best"})
+    assert (again.exit_code, again.taken) == (0, 1) and len(kept(tmp_path)) == 1
 
 
 def test_two_sweeps_never_share_a_folder(tmp_path: Path) -> None:

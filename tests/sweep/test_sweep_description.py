@@ -110,6 +110,11 @@ def test_a_space_is_ranges_and_choices_and_what_the_file_lists(tmp_path: Path) -
         ),
         ('title = "Tiny"', "keep = 0.5", r"keep: unknown key.*\n  It is a flag of xdonnx compress: put it into \[opt"),
         ("seeds = [0, 1]", "seeds = [0, -1]", r"line 3, seeds, 1: Input should be greater than or equal to 0"),
+        (
+            "seeds = [0, 1]",
+            f"seeds = [{2**64}]",
+            r"line 3, seeds, 0: Input should be less than or equal to 18446744",
+        ),
         ("seeds = [0, 1]", "seeds = []", r"seeds: .* at least 1 item"),
         (
             "seeds = [0, 1]",

@@ -18,7 +18,7 @@ from xdonnx.files import put
 from xdonnx.model import file_bytes, fingerprint
 from xdonnx.report import FileInfo, tool
 from xdonnx.sweep.description import Description, Running, Teacher
-from xdonnx.sweep.front import known_quality, points
+from xdonnx.sweep.front import Point, known_quality, points
 from xdonnx.sweep.local import processes, serial
 from xdonnx.sweep.measuring import Done, Perform, Task
 from xdonnx.sweep.page import page
@@ -83,13 +83,15 @@ def run_sweep(
     _check(run)
     listed: list[Trial] = [] if sweep.search else grid(sweep, out)
     expected = sweep.search.trials * len(sweep.models) * len(sweep.seeds) if sweep.search else len(listed)
-    state = _State(out, log, students=run.students != "none", threads=run.cpus, expected=expected)
+    state = _State(out, log, students=run.students, threads=run.cpus, expected=expected)
     interrupted = False
     with _held(out):
         state.records.update(read_records(out / RECORDS))
         try:
             with _backend(run, sweep, out / SCRATCH) as perform:
                 _take_all(sweep, listed, state, perform)
+                if run.students == "best":
+                    _take_lost(sweep, listed, state, perform)
         except KeyboardInterrupt:
             interrupted = True
         results = _results(sweep, run, listed, state, interrupted=interrupted).model_copy(
@@ -120,6 +122,16 @@ def _take_all(sweep: Description, listed: list[Trial], state: _State, perform: P
     explore(sweep, state.out, state.records, do)
 
 
+def _take_lost(sweep: Description, listed: Sequence[Trial], state: _State, perform: Perform) -> None:
+    """Make the best students again that are gone: they were beaten, or not wanted, when they were made."""
+    while True:
+        best = [trial for point in _found(sweep, listed, state)[1] if point.optimal for trial in point.trials]
+        again = [trial for trial in best if trial.key not in state.taken and is_lost(trial, state.records, state.out)]
+        if not again:
+            return
+        state.do(again, perform)
+
+
 def write(results: SweepResults, out: Path) -> list[Path]:
     """Write the results in every form; raises MachineError where the folder cannot be written."""
     try:
@@ -128,11 +140,24 @@ def write(results: SweepResults, out: Path) -> list[Path]:
         raise MachineError(f"cannot write the results to '{out}': {error}.\n  The trials are safe.") from error
 
 
-def state_of(trial: Trial, records: Mapping[str, Record]) -> str:
-    """Return 'done', 'todo', 'again' for one that failed by the machine, or 'refused'."""
+def state_of(trial: Trial, records: Mapping[str, Record], out: Path | None = None) -> str:
+    """Return 'done', 'todo', 'again', or 'refused'.
+
+    'again' are those that the machine failed and, where the folder is given in which every student is wanted, those
+    whose student is gone.
+    """
     if trial.refused:
         return "refused"
-    return "todo" if trial.key not in records else "done" if records[trial.key]["final"] else "again"
+    if trial.key not in records:
+        return "todo"
+    lost = out is not None and is_lost(trial, records, out)
+    return "done" if records[trial.key]["final"] and not lost else "again"
+
+
+def is_lost(trial: Trial, records: Mapping[str, Record], out: Path) -> bool:
+    """Whether a trial gave a student that is not there: it was not wanted then, or somebody deleted it."""
+    student: Record | None = records.get(trial.key, {}).get("student")
+    return student is not None and not (out / "trials" / trial.folder / student["name"]).exists()
 
 
 def cores() -> int:
@@ -147,7 +172,7 @@ class _State:
 
     out: Path
     log: Log
-    students: bool
+    students: str
     threads: int
     expected: int
     records: dict[str, Record] = field(default_factory=dict)
@@ -155,13 +180,14 @@ class _State:
     taken: list[str] = field(default_factory=list)
 
     def take(self, trials: Sequence[Trial], perform: Perform) -> None:
-        """Do the trials that are not done yet; each is kept as soon as it is."""
+        """Do the trials that are not done yet, or whose students are wanted and gone."""
         self.seen.update({trial.key: trial for trial in trials})
-        waiting = {
-            trial.key: Task(trial.key, trial.job, self.threads, self.students)
-            for trial in trials
-            if state_of(trial, self.records) in ("todo", "again")
-        }
+        out = self.out if self.students == "all" else None
+        self.do([trial for trial in trials if state_of(trial, self.records, out) in ("todo", "again")], perform)
+
+    def do(self, trials: Sequence[Trial], perform: Perform) -> None:
+        """Do trials; each is kept as soon as it is done."""
+        waiting = {trial.key: Task(trial.key, trial.job, self.threads, self.students != "none") for trial in trials}
         if not waiting:
             return
         for done in perform(list(waiting.values()), self._begins):
@@ -269,9 +295,8 @@ def _held(out: Path) -> Iterator[None]:
 def _results(
     sweep: Description, run: Running, listed: Sequence[Trial], state: _State, *, interrupted: bool
 ) -> SweepResults:
-    trials = list({(trial.point, trial.seed): trial for trial in listed}.values())
+    trials, its_points, quality = _found(sweep, listed, state)
     records = {trial.key: state.records[trial.key] for trial in trials if trial.key in state.records}
-    quality = sweep.quality or known_quality(list(records.values()))
     found = [trial_result(trial, records.get(trial.key)) for trial in trials]
     waiting = interrupted or any(trial.status == "waiting" for trial in found)
     status: Literal["complete", "interrupted"] = "interrupted" if waiting else "complete"
@@ -294,9 +319,17 @@ def _results(
             _teacher(teacher, [records[t.key] for t in trials if t.model == teacher.name and t.key in records])
             for teacher in sweep.models
         ),
-        points=tuple(point_result(point) for point in points(trials, records, sweep.cost, quality)),
+        points=tuple(point_result(point) for point in its_points),
         trials=tuple(found),
     )
+
+
+def _found(sweep: Description, listed: Sequence[Trial], state: _State) -> tuple[list[Trial], list[Point], str]:
+    """Return the trials, each once, their points, and what students are judged by."""
+    trials = list({(trial.point, trial.seed): trial for trial in listed}.values())
+    records = {trial.key: state.records[trial.key] for trial in trials if trial.key in state.records}
+    quality = sweep.quality or known_quality(list(records.values()))
+    return trials, points(trials, records, sweep.cost, quality), quality
 
 
 def _teacher(teacher: Teacher, records: Sequence[Record]) -> TeacherResult:

@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from xdonnx.draw import LARGEST_SEED
 from xdonnx.errors import JobError, did_you_mean
 from xdonnx.methods import available
 from xdonnx.sweep.identity import placed
@@ -118,7 +119,7 @@ class _Sheet(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str = ""
-    seeds: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED, strict=True)], ...] = Field((0,), min_length=1)
     cost: Cost = "macs"
     quality: Quality | None = None
     structures: tuple[Text, ...] = ()
