@@ -69,7 +69,7 @@ def page(report: Report) -> str:
         layers=[_layer(layer) for layer in report.layers],
         plot=plot(report.layers) if report.layers else None,
         tries=tried(report.tries),
-        curve=curve(report.tries),
+        curve=curve(report),
         worst=[_shot(shot) for shot in report.fidelity.worst] if report.fidelity else [],
         pool=_pool(report.pool, report.layers) if report.pool else None,
         pooled=any(layer.pool_weight is not None for layer in report.layers),
