@@ -158,7 +158,7 @@ class WorstShot(BaseModel):
     teacher: Answer | None = Field(None, description="None where no output classifies")
     student: Answer | None = None
     relative_l2: float | None = Field(description="of its worst output; None where the teacher's is zero throughout")
-    thumbnail: str | None = Field(None, description="data URI of a PNG of at most 64 pixels a side, as it was fed")
+    thumbnail: str | None = Field(None, repr=False, description="data URI of a PNG, at most 64 pixels a side, as fed")
 
 
 class Fidelity(BaseModel):

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 from pydantic import ValidationError
-from reports import full_report, layer
+from reports import PIXEL, full_report, layer
 
 from xdonnx.errors import JobError, MachineError
 from xdonnx.publication import write_report
@@ -50,6 +50,13 @@ def test_a_report_survives_the_disk(tmp_path: Path) -> None:
         "report.json",
         "summary.md",
     ]
+
+
+def test_a_report_is_printed_without_its_pictures() -> None:
+    """Each worst sample printed some 3 kB of base64."""
+    report = full_report()
+    assert PIXEL in report.model_dump_json()
+    assert "base64" not in repr(report) and "base64" not in str(report.fidelity) and "cat/7.png" in repr(report)
 
 
 def test_the_written_report_has_the_promised_keys_and_keeps_its_schema(tmp_path: Path) -> None:
