@@ -334,7 +334,7 @@ def gist(report: Report) -> str:
     parts: list[str] = []
     teacher, student, fidelity = report.teacher, report.student, report.fidelity
     if teacher and student:
-        for name, of in (("macs", "MACs"), ("nonzero", "weights"), ("bytes", "bytes")):
+        for name, of in (("macs", "MACs"), ("nonzero", "weights not zero"), ("bytes", "bytes")):
             before, after = getattr(teacher, name), getattr(student, name)
             # Where channels went, their weights went too: the sentence names one of the two.
             if before and (name == "bytes" or (after != before and not parts)):

@@ -12,7 +12,7 @@ from reports import PIXEL, full_report, layer
 
 from xdonnx.errors import JobError, MachineError
 from xdonnx.publication import write_report
-from xdonnx.report import FileInfo, Files, preset_of, read_report, schema, tool
+from xdonnx.report import FileInfo, Files, gist, preset_of, read_report, schema, tool
 from xdonnx.summary import summary
 
 # As the documentation of the command line lists them.
@@ -57,6 +57,14 @@ def test_a_report_is_printed_without_its_pictures() -> None:
     report = full_report()
     assert PIXEL in report.model_dump_json()
     assert "base64" not in repr(report) and "base64" not in str(report.fidelity) and "cat/7.png" in repr(report)
+
+
+def test_the_outcome_of_zeroed_weights_names_what_it_counts() -> None:
+    """It said '10.5 % of the weights' above a row 'weights' of 99.2 %."""
+    teacher = full_report().teacher
+    zeroed = teacher.model_copy(update={"params": 396, "nonzero": 42, "bytes": 500})
+    report = full_report(student=zeroed)
+    assert gist(report).startswith("10.5 % of the weights not zero, 25.0 % of the bytes, accuracy")
 
 
 def test_the_written_report_has_the_promised_keys_and_keeps_its_schema(tmp_path: Path) -> None:
