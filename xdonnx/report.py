@@ -23,7 +23,7 @@ from xdonnx.strict import STRICT
 from xdonnx.tries import Try
 
 # 1.1 has the worst shots, and says which outputs were not compared. 1.2 has the pool, the memory taken, what was tried
-# on the way, and how a given student was matched and how it answered before.
+# on the way, how a given student was matched and answered before, and of how many classes top-1 is.
 SCHEMA_VERSION = "1.2"
 
 # The unit of a gate and the decimals in which it is shown, where these suffice to see whether the limit was kept.
@@ -174,6 +174,8 @@ class Fidelity(BaseModel):
     smallest_drop: float | None = Field(None, description="points that so many samples can tell from none")
     outputs: tuple[OutputError, ...]
     classifier: str | None = Field(None, description="the output whose top-1 is compared")
+    classes: int | None = Field(None, description="of that output: the scores of each sample")
+    probable: bool = Field(False, description="whether these are probabilities, or logarithms of such")
     fit_error: float | None = Field(None, description="relative L2 of the worst output on samples that fitted")
     worst: tuple[WorstShot, ...] = Field((), description="of the largest disagreement, the worst first")
 
