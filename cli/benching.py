@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 ROUNDS, SECONDS, WARM_UP = 1000, 2.0, 0.3
 # Below this confidence nothing is concluded.
 _SURE = 0.95
+# Letters of a name that are worth a column less.
+_NAME = 16
 
 _SHOTS = (
     "Feed real samples: a folder of images, .npz or .npy. NAME=PATH, repeated, for several inputs. Default: random "
@@ -263,16 +265,22 @@ def _show(
 ) -> None:
     """Print the table, and below it how it was measured; `why` tells what decided on the batch."""
     compared = len(found) > 1
-    names = shortened([str(timing.model) for timing in found], room(console, 70 if compared else 30))
     sure = all(timing.confidence >= _SURE for timing in found)
     extra = ("ratio", f"{100 * _SURE:.0f} % sure" if sure else "seen", "<") if compared else ()
-    table = plain_table("", "median", "q1 to q3", *extra)
+    rows = [["median", "q1 to q3", *extra]]
     for at, timing in enumerate(found):
-        cells = [names[str(timing.model)], f"{timing.median:.3g} ms", f"{timing.q1:.3g} to {timing.q3:.3g}"]
+        cells = [f"{timing.median:.3g} ms", f"{timing.q1:.3g} to {timing.q3:.3g}"]
         if compared:
             band = f"{timing.low:.3f} to {timing.high:.3f}" if at else ""
             cells += [f"{timing.ratio:.3f}", band, timing.verdict if at else ""]
-        table.add_row(*cells)
+        rows.append(cells)
+    if console.width < _width(rows) + _NAME:  # which model it is says more than how its runs scatter
+        rows = [[cell for at, cell in enumerate(row) if at != 1] for row in rows]
+    names = shortened([str(timing.model) for timing in found], room(console, _width(rows)))
+    table = plain_table("", *rows[0])
+    table.columns[0].no_wrap = True
+    for timing, cells in zip(found, rows[1:], strict=True):
+        table.add_row(names[str(timing.model)], *cells)
     console.print(table)
     if quiet:
         return
@@ -283,3 +291,8 @@ def _show(
     say(console, f"fed with {facts['inputs']}: {shapes}{why}", "dim")
     if not facts["device"].startswith("cpu") and ran == "CPU":
         say(console, f"warning: {facts['device']} was asked for, but onnxruntime ran on the CPU", "yellow")
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    """Return how wide columns of these cells are, each with the gap before it."""
+    return sum(2 + max(map(len, column)) for column in zip(*rows, strict=True))

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xdonnx.figures import amount
-from xdonnx.limits import heavy_loss, limited, next_step
+from xdonnx.limits import compared, doubtful, heavy_loss, limited, next_step
 from xdonnx.report import Fidelity, Figures, GateResult, LayerResult, Report, gate_line, gist, preset_of
 from xdonnx.tries import Try, tried
 from xdonnx_cli.terminal import beside, bullets, heading, headline, percent, plain_table, room, say, shorten, shortened
@@ -85,6 +85,8 @@ def before_after(console: Console, report: Report) -> None:
         preset = preset_of(report)
         seen = f"; preset {preset}" if preset else ""
         console.print(Text(f"{fit}judged on {count} {kind}{fitted}{seen}; {report.device}", "dim"))
+    if doubt := doubtful(report):
+        console.print(Text(doubt, "yellow"))
 
 
 def _cost_rows(teacher: Figures, student: Figures) -> Iterable[tuple[str, str, str, str]]:
@@ -114,7 +116,9 @@ def _fidelity_rows(fidelity: Fidelity | None) -> Iterable[tuple[tuple[str, str],
         answers = f"{fidelity.accuracy_teacher:.2f} %", f"{fidelity.accuracy_student:.2f} %"
         yield ("accuracy", ""), ("accuracy", *answers, lost["accuracy"])
     if fidelity.top1_agreement is not None:
-        yield ("agreement", ""), ("agreement", "", f"{fidelity.top1_agreement:.2f} %", lost["agreement"])
+        # What is lost of it is what it lacks to all.
+        whose = compared(fidelity, shorten(fidelity.classifier or "", 16))
+        yield ("agreement", ""), ("agreement", "", f"{fidelity.top1_agreement:.2f} %", whose or lost["agreement"])
     if drop is not None:
         bounds = f"{drop.low:.1f} to {drop.high:.1f}"
         yield ("drop", ""), (f"drop, {100 * drop.confidence:g} % sure", "", bounds, "points")

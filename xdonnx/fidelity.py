@@ -147,6 +147,7 @@ def compare(
     names = [output.name for output in left.get_outputs()]
     pieces: dict[str, list[_Piece | None]] = {name: [] for name in names}
     classes, count, top, cases = None, 0, list[Array](), list[Case]()
+    probable = True
     for start in range(0, samples, batch):
         feed = {name: values[start : start + batch] for name, values in shots.inputs.items()}
         rows = len(next(iter(feed.values())))
@@ -159,6 +160,7 @@ def compare(
         if classes is not None:
             scores = ours[classes].reshape(rows, -1), theirs[classes].reshape(rows, -1)
             count = scores[0].shape[1]
+            probable = probable and _probable(scores[0])
             top.append(np.stack([output.argmax(axis=1) for output in scores]))
         errors = _sample_errors([known[-1] for known in pieces.values()], rows)
         cases = gather(cases, feed, errors, scores, None if labels is None else labels[start:][:rows], start=start)
@@ -166,10 +168,10 @@ def compare(
     outputs = [_output(name, pieces[name], confidence, generator, log) for name in names]
     found = _classified(np.concatenate(top, axis=1), labels, count, confidence, log) if top else {}
     ids, words = (shots.ids, shots.classes) if isinstance(shots, Named) else (None, None)
+    if top:
+        found |= {"classifier": classes, "classes": count, "probable": probable}
     worst = described(cases, labels, ids, words)
-    return Fidelity(
-        samples=samples, held_out=held_out, outputs=tuple(outputs), worst=worst, classifier=classes, **found
-    )
+    return Fidelity(samples=samples, held_out=held_out, outputs=tuple(outputs), worst=worst, **found)
 
 
 def fixed_batch(ports: Iterable[Any], shots: Samples) -> int | None:
@@ -246,6 +248,15 @@ def _classifier(found: Mapping[str, Any], rows: int, labels: Array | None) -> st
     names = [name for name, output in found.items() if classifies(output, rows)]
     enough = [name for name in names if labels is not None and found[name].shape[1] > labels.max()]
     return next(iter(enough or names), None)
+
+
+def _probable(scores: Array) -> bool:
+    """Whether each row of scores is of probabilities, or of their logarithms."""
+    values = scores.astype(np.float64)
+    if (values <= 0).all():
+        values = np.exp(values)
+    # Of half precision, which keeps three digits.
+    return bool((values >= 0).all() and np.allclose(values.sum(axis=1), 1, rtol=0, atol=0.01))
 
 
 def _sample_errors(pieces: Iterable[_Piece | None], rows: int) -> Array:

@@ -33,6 +33,8 @@ _MORE, _CUT = "give more samples, or correct its matching: xdonnx match", "cut m
 _OF_A_GIVEN = {"max_drop": _MORE, "max_error": _MORE, "min_shrink": _CUT, "smaller": _CUT, "removed": _CUT}
 # So many points surely lost, or such a relative error, are much, whatever the student is for.
 _HEAVY, _FAR = 5.0, 0.5
+# Fewer numbers than this may as well be coordinates or measurements.
+_FEW = 10
 
 
 def limited(report: Report) -> bool:
@@ -72,3 +74,30 @@ def heavy_loss(fidelity: Fidelity | None, gates: Sequence[GateResult]) -> tuple[
         return ()
     lost = f"the student's answers are off by at least {100 * worst:.0f} % (relative L2)"
     return (f"{lost}, and no limit was set: --max-error 0.1 rejects such a student; {CLOSER}",)
+
+
+def compared(fidelity: Fidelity, name: str = "") -> str:
+    """Say whose largest number is compared, where that is not plain: of several outputs, or without labels.
+
+    Parameters
+    ----------
+    fidelity : Fidelity
+    name : str, optional
+        The output as it is to be called; default: in quotes.
+    """
+    if not fidelity.classifier or (len(fidelity.outputs) < 2 and fidelity.accuracy_teacher is not None):
+        return ""
+    shape = f", (N, {fidelity.classes})" if fidelity.classes else ""
+    name = name or f"'{fidelity.classifier}'"
+    return f"largest of {name}{shape}"
+
+
+def doubtful(report: Report) -> str:
+    """Say that few numbers without labels are taken for scores of classes, which coordinates are not."""
+    fidelity = report.fidelity
+    if fidelity is None or fidelity.accuracy_teacher is not None or fidelity.probable or not fidelity.classes:
+        return ""
+    if fidelity.classes >= _FEW or any(gate.name == "max_error" for gate in report.gates):
+        return ""
+    what = f"'{fidelity.classifier}', (N, {fidelity.classes}), is taken for scores of classes"
+    return f"{what}: if it holds none, judge by --max-error"

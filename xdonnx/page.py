@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from xdonnx.figures import amount
-from xdonnx.limits import heavy_loss, limited
+from xdonnx.limits import compared, heavy_loss, limited
 from xdonnx.plot import curve, error_text, plot
 from xdonnx.report import (
     AT_LEAST,
@@ -69,7 +69,7 @@ def page(report: Report) -> str:
         layers=[_layer(layer) for layer in report.layers],
         plot=plot(report.layers) if report.layers else None,
         tries=tried(report.tries),
-        curve=curve(report.tries),
+        curve=curve(report),
         worst=[_shot(shot) for shot in report.fidelity.worst] if report.fidelity else [],
         pool=_pool(report.pool, report.layers) if report.pool else None,
         pooled=any(layer.pool_weight is not None for layer in report.layers),
@@ -236,8 +236,7 @@ def _rows(report: Report) -> list[dict[str, Any]]:
 def _fidelity_rows(fidelity: Fidelity | None, most: int | None = _OUTPUTS) -> Iterator[dict[str, Any]]:
     if fidelity is None:
         return
-    several = len(fidelity.outputs) > 1 and fidelity.classifier
-    whose = {"about": f"of '{fidelity.classifier}'"} if several else {}
+    whose = {"about": compared(fidelity)}
     if fidelity.accuracy_teacher is not None and fidelity.accuracy_student is not None:
         yield _row(
             "top-1 accuracy", f"{fidelity.accuracy_teacher:.2f} %", f"{fidelity.accuracy_student:.2f} %", **whose

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-from xdonnx.report import LayerResult
-from xdonnx.tries import Try
+from xdonnx.amounts import amount_of
+from xdonnx.report import LayerResult, Report, shown
 
 # Of the two panels, in pixels; the lower one is left out where no error is known.
 _TOP, _TALL, _LOW, _DEEP = 22, 84, 140, 120
-# How wide the curve of what was tried is.
-_WIDE = 360
+# Of the curve of what was tried; its width is the reader's.
+_ROOF, _RISE = 10, 160
+# What is found of a try: in which unit it is drawn, times what, and what its axis spans at least.
+_FOUND = {
+    "latency": ("latency, % of the teacher's", 100, 5.0),
+    "drop": ("points lost", 1, 1.0),
+    "error": ("relative L2", 1, 0.01),
+}
 # Errors span decades; so many are shown at most.
 _DECADES = 5
 
@@ -49,35 +56,96 @@ def error_text(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.3g} %"
 
 
-def curve(tries: Sequence[Try]) -> dict[str, Any] | None:
-    """Return the places of what was tried: MACs to the right, what was found upwards; None where there is no curve."""
-    units = {"latency": "latency, % of the teacher's", "drop": "points lost", "error": "relative L2"}
-    name = next((name for name in units if any(getattr(one, name) is not None for one in tries)), "error")
-    known = [(one, one.macs, getattr(one, name)) for one in tries if one.macs is not None]
-    known = [point for point in known if point[2] is not None]
+def curve(report: Report) -> dict[str, Any] | None:
+    """Return the places of what was tried: MACs to the right, what was found upwards; None where there is no curve.
+
+    Places to the right are per cent of the width, which is the reader's; upwards they are pixels.
+    """
+    limits = _limits(report)
+    # What a limit was on says more than what was found besides.
+    names = sorted(_FOUND, key=lambda name: name not in limits)
+    name = next((name for name in names if any(getattr(one, name) is not None for one in report.tries)), "error")
+    found = [(one, one.macs, getattr(one, name)) for one in report.tries]
+    known = sorted(
+        ((one, macs, value) for one, macs, value in found if macs is not None and value is not None),
+        key=lambda point: point[1],
+    )
     if len(known) < 2:
         return None
-    unit = units[name]
-    times = 100 if name == "latency" else 1
-    high = max(max(0.0, value) for *_, value in known) or 1.0
-    low = min(0.0, *(value for *_, value in known))
-    places = [
+    unit, times, least = _FOUND[name]
+    limit, said = limits.get(name, (None, ""))
+    left, right, across = axis([0.0, 100.0], 100.0)
+    values = [0.0, *(times * value for *_, value in known), *([] if limit is None else [limit])]
+    low, high, upwards = axis(values, least)
+
+    def x(percent: float) -> float:
+        return round(100 * (percent - left) / (right - left), 3)
+
+    def y(value: float) -> float:
+        return round(_ROOF + _RISE * (high - value) / (high - low), 2)
+
+    points = [
         {
-            "x": round(_WIDE * share, 2),
-            "y": round(_TOP + _TALL * (high - value) / (high - low), 2),
-            "title": f"{one.asked}: {100 * share:.1f} % of the MACs, {times * value:.3g} {unit}",
+            "x": x(100 * macs),
+            "y": y(times * value),
+            "title": f"{one.asked}: {100 * macs:.1f} % of the MACs, {times * value:.3g} {unit}",
             "passed": one.passed,
             "chosen": one.chosen,
         }
-        for one, share, value in sorted(known, key=lambda point: point[1])
+        for one, macs, value in known
     ]
     return {
         "unit": unit,
-        "high": f"{times * high:.3g}",
-        "low": f"{times * low:.3g}",
-        "line": " ".join(f"{place['x']},{place['y']}" for place in places),
-        "points": places,
+        "top": _ROOF,
+        "bottom": _ROOF + _RISE,
+        "across": [{"at": x(tick), "text": f"{tick:g} %"} for tick in across],
+        "upwards": [{"at": y(tick), "text": f"{tick:g}"} for tick in upwards],
+        "limit": None if limit is None else y(limit),
+        "said": said,
+        "steps": list(pairwise(points)),
+        "points": points,
     }
+
+
+def axis(
+    values: Sequence[float], least: float, *, down: bool = False, most: int = 7
+) -> tuple[float, float, list[float]]:
+    """Return where an axis begins and ends, and its ticks: round numbers, with room at both ends.
+
+    It spans at least so much, by reaching further down or up: a wide scale would make much of a small difference.
+    """
+    low, high = min(values), max(values)
+    span = max(high - low, least, 1e-9)
+    low, high = (high - span, high) if down else (low, low + span)
+    rough = span / (most - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    low, high = low - 0.06 * span, high + 0.06 * span
+    ticks = [step * at for at in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return low, high, [round(tick, 12) for tick in ticks]
+
+
+def _limits(report: Report) -> dict[str, tuple[float, str]]:
+    """Return {what tries are judged by: the limit they were made for, and that in words}; a latency is in per cent.
+
+    Those of the job, not the gates: these may have been judged again by others.
+    """
+    found: dict[str, tuple[float, str]] = {}
+    gate = report.job.get("gate")
+    asked = gate if isinstance(gate, dict) else {}
+    for name, unit in (("drop", "points"), ("error", "relative L2")):
+        limit = asked.get(f"max_{name}")
+        if isinstance(limit, (int, float)):
+            found[name] = float(limit), f"at most {shown(limit, unit, exact=True)}"
+    latency = report.job.get("latency")
+    if latency is not None:
+        wanted = amount_of(latency, "latency")
+        whole = report.teacher.latency_ms.median if report.teacher and report.teacher.latency_ms else None
+        if not wanted.unit:
+            found["latency"] = 100 * wanted.number, f"at most {100 * wanted.number:g} %"
+        elif whole:  # as it was timed at the end; each try had a time of its own to be compared with
+            found["latency"] = 100 * wanted.number / whole, f"at most {wanted.number:g} ms"
+    return found
 
 
 def _bar(layer: LayerResult, x: float, low: int, high: int) -> dict[str, Any]:

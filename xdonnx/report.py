@@ -23,7 +23,7 @@ from xdonnx.strict import STRICT
 from xdonnx.tries import Try
 
 # 1.1 has the worst shots, and says which outputs were not compared. 1.2 has the pool, the memory taken, what was tried
-# on the way, and how a given student was matched and how it answered before.
+# on the way, how a given student was matched and answered before, and of how many classes top-1 is.
 SCHEMA_VERSION = "1.2"
 
 # The unit of a gate and the decimals in which it is shown, where these suffice to see whether the limit was kept.
@@ -158,7 +158,7 @@ class WorstShot(BaseModel):
     teacher: Answer | None = Field(None, description="None where no output classifies")
     student: Answer | None = None
     relative_l2: float | None = Field(description="of its worst output; None where the teacher's is zero throughout")
-    thumbnail: str | None = Field(None, description="data URI of a PNG of at most 64 pixels a side, as it was fed")
+    thumbnail: str | None = Field(None, repr=False, description="data URI of a PNG, at most 64 pixels a side, as fed")
 
 
 class Fidelity(BaseModel):
@@ -174,6 +174,8 @@ class Fidelity(BaseModel):
     smallest_drop: float | None = Field(None, description="points that so many samples can tell from none")
     outputs: tuple[OutputError, ...]
     classifier: str | None = Field(None, description="the output whose top-1 is compared")
+    classes: int | None = Field(None, description="of that output: the scores of each sample")
+    probable: bool = Field(False, description="whether these are probabilities, or logarithms of such")
     fit_error: float | None = Field(None, description="relative L2 of the worst output on samples that fitted")
     worst: tuple[WorstShot, ...] = Field((), description="of the largest disagreement, the worst first")
 
@@ -334,7 +336,7 @@ def gist(report: Report) -> str:
     parts: list[str] = []
     teacher, student, fidelity = report.teacher, report.student, report.fidelity
     if teacher and student:
-        for name, of in (("macs", "MACs"), ("nonzero", "weights"), ("bytes", "bytes")):
+        for name, of in (("macs", "MACs"), ("nonzero", "weights not zero"), ("bytes", "bytes")):
             before, after = getattr(teacher, name), getattr(student, name)
             # Where channels went, their weights went too: the sentence names one of the two.
             if before and (name == "bytes" or (after != before and not parts)):

@@ -31,7 +31,7 @@ class PoolImage(BaseModel):
     sample: str = Field(description="where it came from")
     score: float
     chance: float = Field(description="that it is the next one drawn")
-    thumbnail: str | None = Field(None, description="data URI of a PNG of at most 64 pixels a side, as it was fed")
+    thumbnail: str | None = Field(None, repr=False, description="data URI of a PNG, at most 64 pixels a side, as fed")
 
 
 class PoolSheet(BaseModel):

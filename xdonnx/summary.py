@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from xdonnx.limits import heavy_loss, limited, next_step
+from xdonnx.limits import compared, heavy_loss, limited, next_step
 from xdonnx.report import LayerResult, Report, gate_figures, judged_by
 from xdonnx.tries import tried
 
@@ -69,9 +69,9 @@ def _before_after(report: Report) -> list[str]:
             rows.append(_row(f"latency, ms, {b.provider.removesuffix('ExecutionProvider')}", *times, ratio))
     if fidelity and fidelity.accuracy_teacher is not None and fidelity.accuracy_student is not None:
         percent = (f"{fidelity.accuracy_teacher:.2f} %", f"{fidelity.accuracy_student:.2f} %")
-        rows.append(_row("top-1 accuracy", *percent, ""))
+        rows.append(_row("top-1 accuracy", *percent, compared(fidelity)))
     if fidelity and fidelity.top1_agreement is not None:
-        rows.append(_row("top-1 agreement", "", f"{fidelity.top1_agreement:.2f} %", ""))
+        rows.append(_row("top-1 agreement", "", f"{fidelity.top1_agreement:.2f} %", compared(fidelity)))
     if fidelity and fidelity.drop:
         drop = fidelity.drop
         sure = f"({drop.low:.2f} to {drop.high:.2f} at {100 * drop.confidence:g} %)"

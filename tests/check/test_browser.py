@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from reports import full_report
-from test_page import large_report
+from test_page import large_report, tries
 
 from xdonnx.page import page
 
@@ -45,6 +45,15 @@ addEventListener("load", () => {
   found.pressed = document.querySelector("[data-key=error]").getAttribute("aria-pressed");
   document.querySelectorAll("details").forEach((part) => { part.open = true; });
   found.unfolded = document.documentElement.scrollWidth;
+  const inside = (part) => {
+    const box = part.getBoundingClientRect(), card = part.closest("section").getBoundingClientRect();
+    return !box.width || box.left >= card.left && box.right <= card.right;
+  };
+  // The headings of columns go where each number has its own.
+  found.inside = [...document.querySelectorAll(".tried text, .tried circle, .layers td")].every(inside);
+  found.reached = [...document.querySelectorAll(".scroll")].every((part) => part.tabIndex === 0);
+  const drawn = document.querySelector("svg.tried"), card = drawn.closest("section");
+  found.filled = drawn.getBoundingClientRect().width / card.clientWidth;
   console.log("FOUND " + JSON.stringify(found));
 });
 </script></body>"""
@@ -69,7 +78,7 @@ def browse(folder: Path, html: str, width: int) -> list[str]:
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_two_hundred_layers_can_be_read_by_key_pointer_and_order(tmp_path: Path, width: int) -> None:
-    report = large_report()
+    report = large_report().model_copy(update={"tries": tries()})
     names = [layer.layer for layer in report.layers]
     errors = [layer.objective_after for layer in report.layers]
 
@@ -77,6 +86,7 @@ def test_two_hundred_layers_can_be_read_by_key_pointer_and_order(tmp_path: Path,
 
     found = json.loads(re.search(r'FOUND ({.*})"?, source', line)[1].replace('\\"', '"'))
     assert found["page"] <= found["window"] == width and found["unfolded"] <= width
+    assert found["inside"] and found["reached"] and 0.75 < found["filled"] < 1
     assert found["focused"] and (found["first"], found["second"], found["pointed"]) == (names[0], names[1], names[0])
     assert found["last"] == found["beyond"] == names[-1] and found["now"] == "200"
     assert found["told"].startswith(names[-1]) and "kept 4 of 8" in found["told"]

@@ -230,6 +230,22 @@ def test_of_several_outputs_of_scores_labels_choose_the_first_that_has_their_cla
         measure(proto, proto, tiny.images(40, labels=labels + 4))
 
 
+@pytest.mark.parametrize(
+    ("end", "probable"),
+    [("", False), ("Softmax <axis = 1>", True), ("LogSoftmax <axis = 1>", True), ("Sigmoid", False)],
+)
+def test_the_scores_are_counted_and_probabilities_among_them_known(measure, end: str, probable: bool) -> None:
+    step = f"y = {end} (more)" if end else "y = Identity (more)"
+    text = f"""{HEAD} g (float[N,4] image) => (float[N,3] y) {{
+      more = MatMul (image, w)
+      {step}
+    }}"""
+    proto = tiny.with_weights(text, tiny.random_weights(0, {"w": (4, 3)}))
+    image = np.random.default_rng(0).normal(size=(90, 4)).astype(np.float32)
+    found, _ = measure(proto, proto, tiny.Shots({"image": image}))
+    assert (found.classifier, found.classes, found.probable) == ("y", 3, probable)
+
+
 def test_a_model_that_does_not_classify_has_no_top1_figures(measure) -> None:
     proto = tiny.with_weights(
         f"{HEAD} g (float[N,3,6,6] image) => (float[N,8,4,4] y) {{ y = Conv (image, w1, b1) }}",

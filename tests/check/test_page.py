@@ -13,9 +13,11 @@ from reports import PIXEL, full_report, gate, layer, shot
 from xdonnx.limits import limited
 from xdonnx.matches import MatchResult
 from xdonnx.page import page
+from xdonnx.plot import curve
 from xdonnx.report import Fidelity, FileInfo, LayerResult, OutputError, Report
 from xdonnx.sheet import INDICATORS, PoolImage, PoolSheet
 from xdonnx.summary import summary
+from xdonnx.tries import Try
 
 # Elements that have no end tag.
 VOID = {"meta", "link", "img", "br"}
@@ -35,7 +37,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
+        if tag not in VOID and tag != "wbr":
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -48,7 +50,9 @@ class Reader(HTMLParser):
         if self.open and self.open[-1] == "script":
             self.scripts.append(data)
         elif self.open and self.open[-1] != "style":
-            self.words.append(data)
+            # Where a line may be broken a word goes on.
+            goes_on = self.tags[-1][0] == "wbr" and self.words
+            self.words.append(self.words.pop() + data if goes_on else data)
 
     @property
     def text(self) -> str:
@@ -156,6 +160,63 @@ def test_bars_and_marks_stand_where_their_numbers_say() -> None:
     # On a logarithmic scale the steps from 1 % to 10 % and from 10 % to 100 % are alike, and zero is at the bottom.
     assert percent - tenth == pytest.approx(tenth - top) and tenth > top
     assert values("after", "y")[2] == max(values("after", "y"))
+
+
+def tries() -> tuple[Try, ...]:
+    return (
+        Try(asked="macs 50%", macs=0.5, drop=0.0, error=0.05, passed=True),
+        Try(asked="macs 10%", macs=0.1, drop=1.5, error=0.3, passed=False),
+        Try(asked="macs 20%", macs=0.2, drop=0.5, error=0.1, passed=True, chosen=True),
+    )
+
+
+def tried_places(found: Reader) -> tuple[list[tuple[float, float]], list[float]]:
+    """Return the places of the tries that are drawn, from the fewest MACs on, and how high their limits are."""
+    labels = [attrs.get("aria-label") or "" for _, attrs in found.tags]
+    drawn = found.tags[next(at for at, label in enumerate(labels) if "of each try by its MACs" in label) :]
+    circles = [attrs for tag, attrs in drawn if tag == "circle" and (attrs["cx"] or "").endswith("%")]
+    limits = [float(attrs["y1"] or 0) for tag, attrs in drawn if tag == "line" and attrs.get("class") == "limit"]
+    return [(float((one["cx"] or "").rstrip("%")), float(one["cy"] or 0)) for one in circles], limits
+
+
+def test_tries_stand_where_their_numbers_say_beside_the_limit_they_were_made_for() -> None:
+    """The plot was 460 pixels wide on every screen, ended at an odd number and drew no limit."""
+    report = full_report(tries=tries(), job={"gate": {"max_drop": 1.0, "max_error": None}}, gates=())
+
+    found = Reader(page(report))
+
+    places, (limit,) = tried_places(found)
+    (x1, y1), (x2, y2), (x3, y3) = places
+    assert (x3 - x2) / (x2 - x1) == pytest.approx(3, abs=1e-3) and 0 < x1 < x3 < 100
+    # 1.5, 0.5 and 0 points lost, and 1 allowed: half a point is as high everywhere.
+    assert y3 - y2 == pytest.approx((y2 - y1) / 2, abs=0.02) and limit == pytest.approx((y1 + y2) / 2, abs=0.02)
+    assert "limit: at most 1 points" in found.text
+    assert "points lost 0 0.5 1 1.5 0 % 20 % 40 %" in found.text
+
+
+@pytest.mark.parametrize(
+    ("job", "limit"),
+    [
+        ({"gate": {"max_drop": None, "max_error": 0.1}}, "relative L2: at most 0.1 relative L2"),
+        ({"latency": 0.6}, "latency, % of the teacher's: at most 60 %"),
+        ({"latency": "1.2ms"}, "latency, % of the teacher's: at most 1.2 ms"),
+        ({"latency": None, "gate": None}, "points lost: "),
+    ],
+)
+def test_what_is_drawn_of_tries_is_what_the_job_limited(job: dict, limit: str) -> None:
+    timed = tuple(each.model_copy(update={"latency": 2 * (each.macs or 0)}) for each in tries())
+    report = full_report(tries=timed if job.get("latency") else tries(), job=job)
+    drawn = curve(report)
+    assert drawn is not None and f"{drawn['unit']}: {drawn['said']}" == limit
+    if job.get("latency"):  # of a teacher that takes 2 ms; the tries take 20, 40 and 100 % of its time
+        one, other = drawn["points"][1]["y"], drawn["points"][2]["y"]
+        assert drawn["limit"] == pytest.approx(one + (other - one) / 3, abs=0.02)
+
+
+def test_names_are_broken_at_their_joints_only() -> None:
+    html = page(full_report(layers=(layer(0, 0.5).model_copy(update={"layer": "/back.bone/Conv_output_0"}),)))
+    assert "<wbr>/back.<wbr>bone<wbr>/Conv_<wbr>output_<wbr>0</th>" in html
+    assert "&lt;" in page(full_report(layers=(layer(0, 0.5).model_copy(update={"layer": "<a/b>"}),)))
 
 
 def test_names_cannot_break_out_of_the_page() -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+from html import unescape
 from pathlib import Path
 
 import jsonschema
 import pytest
 from pydantic import ValidationError
-from reports import full_report, layer
+from reports import PIXEL, full_report, layer
+from rich.console import Console
 
 from xdonnx.errors import JobError, MachineError
+from xdonnx.limits import compared, doubtful
+from xdonnx.page import page
 from xdonnx.publication import write_report
-from xdonnx.report import FileInfo, Files, preset_of, read_report, schema, tool
+from xdonnx.report import FileInfo, Files, Report, gist, preset_of, read_report, schema, tool
 from xdonnx.summary import summary
+from xdonnx_cli.show import show
 
 # As the documentation of the command line lists them.
 PROMISED = {
@@ -50,6 +56,66 @@ def test_a_report_survives_the_disk(tmp_path: Path) -> None:
         "report.json",
         "summary.md",
     ]
+
+
+def test_a_report_is_printed_without_its_pictures() -> None:
+    """Each worst sample printed some 3 kB of base64."""
+    report = full_report()
+    assert PIXEL in report.model_dump_json()
+    assert "base64" not in repr(report) and "base64" not in str(report.fidelity) and "cat/7.png" in repr(report)
+
+
+def test_the_outcome_of_zeroed_weights_names_what_it_counts() -> None:
+    """It said '10.5 % of the weights' above a row 'weights' of 99.2 %."""
+    teacher = full_report().teacher
+    zeroed = teacher.model_copy(update={"params": 396, "nonzero": 42, "bytes": 500})
+    report = full_report(student=zeroed)
+    assert gist(report).startswith("10.5 % of the weights not zero, 25.0 % of the bytes, accuracy")
+
+
+def unlabelled(**changes) -> Report:
+    """Return a report on samples without labels whose compared output holds coordinates."""
+    facts = {"accuracy_teacher": None, "accuracy_student": None, "classifier": "box", "classes": 4}
+    fidelity = full_report().fidelity.model_copy(update={**facts, **changes})
+    return full_report(fidelity=fidelity, gates=())
+
+
+def test_every_form_says_whose_largest_number_is_compared_without_labels() -> None:
+    """The argmax of coordinates was given as an agreement of 99.00 %, of nothing in particular."""
+    report, words = unlabelled(), "largest of 'box', (N, 4)"
+    text = Console(file=io.StringIO(), width=80, highlight=False)
+    show(text, report)
+    said = " ".join(text.file.getvalue().split())
+
+    assert f"| top-1 agreement |  | 94.00 % | {words} |" in summary(report) and f">{words}<" in unescape(page(report))
+    assert "agreement 94.00 % largest of box, (N, 4)" in said
+    assert "'box', (N, 4), is taken for scores of classes: if it holds none, judge by --max-error" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "doubted"),
+    [
+        ({}, "largest of 'box', (N, 4)", True),
+        ({"classes": 10}, "largest of 'box', (N, 10)", False),
+        ({"probable": True}, "largest of 'box', (N, 4)", False),
+        ({"accuracy_teacher": 90.0, "accuracy_student": 88.0}, "", False),
+        ({"classes": None}, "largest of 'box'", False),
+        ({"classifier": None, "classes": None, "top1_agreement": None, "drop": None}, "", False),
+    ],
+    ids=["coordinates", "ten classes", "probabilities", "labels", "an older report", "no scores"],
+)
+def test_only_a_few_numbers_without_labels_are_doubted_to_be_scores(changes: dict, words: str, doubted: bool) -> None:
+    report = unlabelled(**changes)
+    assert compared(report.fidelity) == words and bool(doubtful(report)) is doubted
+    judged = full_report().gates[0].model_copy(update={"name": "max_error"})
+    assert not doubtful(report.model_copy(update={"gates": (judged,)}))
+
+
+def test_of_several_outputs_the_compared_one_is_named_with_labels_too() -> None:
+    fidelity = full_report().fidelity
+    two = (*fidelity.outputs, fidelity.outputs[0].model_copy(update={"name": "box"}))
+    found = fidelity.model_copy(update={"outputs": two, "classifier": "logits", "classes": 5})
+    assert compared(found) == "largest of 'logits', (N, 5)" and not doubtful(full_report(fidelity=found))
 
 
 def test_the_written_report_has_the_promised_keys_and_keeps_its_schema(tmp_path: Path) -> None:

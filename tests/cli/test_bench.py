@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from program import SAMPLES, SHOTS, TEACHER, call
+from rich.console import Console
 from scipy import stats
+
+from xdonnx_cli import benching
 
 VGG = str(SAMPLES / "digits_vgg.onnx")
 
@@ -66,6 +70,26 @@ def test_the_slower_of_two_is_called_so_and_the_table_fits_a_terminal(here: Path
     table = ended.out.splitlines()[:3]
     assert table[0].split()[0] == "median" and table[1].split()[-1] == "1.000" and table[2].endswith("slower")
     assert float(table[2].split("ms")[1].split()[3]) > 1
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100])
+def test_a_name_takes_the_width_that_is_there_and_no_cell_is_wrapped(width: int) -> None:
+    """At 60 columns names were shortened and wrapped besides, at 80 cut to 12 letters beside 14 empty columns."""
+    found = [
+        benching.Timing(Path(f"exports/{name}_of_some_length.onnx"), 1, 0.12, 0.119, 0.128, "CPU", *ratio, 0.97)
+        for name, ratio in (("teacher", (1.0, 1.0, 1.0)), ("student", (0.5, 0.49, 0.511)))
+    ]
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    facts = {"threads": 1, "runs": 9, "inputs": "random numbers", "device": "cpu"}
+
+    benching._show(console, found, facts, {}, quiet=True)
+
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 3 and all(len(line) <= width for line in lines)
+    assert max(len(line.rstrip()) for line in lines) >= min(width, 90) - 1, "there was room for more of the name"
+    one, other = (line.split("  ")[0] for line in lines[1:])
+    assert one != other and len(one) >= 16
+    assert "0.490 to 0.511" in lines[2] and ("q1 to q3" in lines[0]) == (width > 60)
 
 
 def test_the_band_holds_the_ratio_as_order_statistics_say() -> None:

@@ -81,12 +81,15 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.words: list[str] = []
         self.references: list[str] = []
+        self.goes_on = False
         self.feed(text)
         assert not self.open, f"left open: {self.open}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-        if tag not in VOID:
+        if tag == "wbr":
+            self.goes_on = True
+        elif tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -97,7 +100,9 @@ class Reader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] not in ("script", "style"):
-            self.words.append(data)
+            # Where a line may be broken a word goes on.
+            self.words.append(self.words.pop() + data if self.goes_on and self.words else data)
+        self.goes_on = False
 
 
 def test_the_page_says_what_came_of_it_and_loads_nothing() -> None:

@@ -5,11 +5,11 @@ Places to the right are per cent of the width, which is the reader's; upwards th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from xdonnx.plot import axis
 from xdonnx.sweep.front import signed
 from xdonnx.sweep.options import told
 from xdonnx.sweep.results import PointResult, SweepResults, TeacherResult, cost_text, ordered, quality_text, varied
@@ -38,10 +38,10 @@ def chart(results: SweepResults, teacher: TeacherResult) -> dict[str, Any] | Non
     by, lower_is_better = _series(results), results.quality == "error"
     names = list(dict.fromkeys(_name(point, by) for point in results.points))
     level = teacher.accuracy if results.quality == "accuracy" else None
-    left, right, across = _axis([100 * end for point in points for end in _ends(point.cost)], _WIDTH)
+    left, right, across = axis([100 * end for point in points for end in _ends(point.cost)], _WIDTH)
     best = max(abs(_mean(point)) for point in points)
     shown = [end for point in points for end in _ends(point.quality) if _is_shown(end, points, results.quality)]
-    low, high, upwards = _axis([*shown, *([] if level is None else [level])], _HEIGHT * best, down=not lower_is_better)
+    low, high, upwards = axis([*shown, *([] if level is None else [level])], _HEIGHT * best, down=not lower_is_better)
     worst = TOP + (0 if lower_is_better else TALL)
 
     def x(share: float) -> float:
@@ -141,24 +141,6 @@ def _stairs(marks: Sequence[dict[str, Any]], edge: float) -> list[dict[str, floa
         found.append({"x1": one["x"], "x2": other["x"], "y1": one["y"], "y2": one["y"]})
         found.append({"x1": other["x"], "x2": other["x"], "y1": one["y"], "y2": other["y"]})
     return found
-
-
-def _axis(
-    values: Sequence[float], least: float, *, down: bool = False, most: int = 7
-) -> tuple[float, float, list[float]]:
-    """Return where an axis begins and ends, and its ticks: round numbers, with room at both ends.
-
-    It spans at least so much, by reaching further down or up: a wide scale would make much of a small difference.
-    """
-    low, high = min(values), max(values)
-    span = max(high - low, least, 1e-9)
-    low, high = (high - span, high) if down else (low, low + span)
-    rough = span / (most - 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-    low, high = low - 0.06 * span, high + 0.06 * span
-    ticks = [step * at for at in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    return low, high, [round(tick, 12) for tick in ticks]
 
 
 def _tick(value: float, quality: str) -> str:

@@ -37,6 +37,12 @@
     });
   }
 
+  // A name may be broken before a slash and behind a dot or an underscore.
+  function soft(name) {
+    const parts = name.match(/\/?[^/._]*[._]?/g);
+    return parts.flatMap((part) => [part, document.createElement("wbr")]);
+  }
+
   function pick(place, follow) {
     place = Math.max(0, Math.min(layers.length - 1, place));
     columns.forEach((column) => column.classList.remove("on"));
@@ -45,7 +51,7 @@
     current = place;
     columns[order[place]].classList.add("on");
     rows[order[place]].classList.add("on");
-    readout.querySelector("b").textContent = layer.name;
+    readout.querySelector("b").replaceChildren(...soft(layer.name));
     const list = readout.querySelector("dl");
     list.replaceChildren(...layer.facts.map(([key, value]) => {
       const pair = document.createElement("div");
