@@ -188,7 +188,8 @@ def _show(console: Console, results: SweepResults, folder: Path, *, quiet: bool)
     heading(console, "Written")
     for name in ("report.html", "sweep.csv", "sweep.md", "sweep.json"):
         say(console, f"  {beside(folder / name)}")
-    say(console, f"  {results.taken} trials taken; the reports and students are in {beside(folder / 'trials')}", "dim")
+    taken = f"{results.taken} trial{'s' * (results.taken != 1)} taken"
+    say(console, f"  {taken}; the reports and students are in {beside(folder / 'trials')}", "dim")
     if results.status == "interrupted":
         say(stderr(), "The same command does the rest.")
 

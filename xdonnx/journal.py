@@ -135,8 +135,9 @@ def open_journal(folder: Path, identity: Mapping[str, Any], log: Log = ignore, *
         if found is None:
             log(Event("read", "--resume: there is nothing to go on with; the job starts anew.", level="warning"))
         elif differing := sorted(key for key in {*known, *found} if known.get(key) != found.get(key)):
+            verb = "differs" if len(differing) == 1 else "differ"
             raise JobError(
-                f"'{folder}' holds the work of another job: {', '.join(differing)} differ.\n"
+                f"'{folder}' holds the work of another job: {', '.join(differing)} {verb}.\n"
                 "  Repeat that job's command, or leave --resume out to start anew."
             )
     return Journal(folder, known, log=log, resumed=resume and found is not None)

@@ -246,7 +246,9 @@ def _fidelity_rows(fidelity: Fidelity | None, most: int | None = _OUTPUTS) -> It
     if drop := fidelity.drop:
         sure = f"{drop.low:.2f} to {drop.high:.2f} at {100 * drop.confidence:g} % confidence"
         # Without labels nothing can be gained.
-        moved = f"lost {drop.lost}, gained {drop.gained}" if drop.of == "accuracy" else f"{drop.lost} differ"
+        moved = f"lost {drop.lost}, gained {drop.gained}"
+        if drop.of == "agreement":
+            moved = f"{drop.lost} differ{'s' * (drop.lost == 1)}"
         yield _row(f"drop of {drop.of}, points", "", f"{drop.value:.2f}", about=moved, student_about=sure)
     if fidelity.drop and fidelity.smallest_drop is not None:
         about = "that so many samples can tell from none"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 from xdonnx.amounts import amount_of
+from xdonnx.errors import JobError
 from xdonnx.report import LayerResult, Report, shown
 
 # Of the two panels, in pixels; the lower one is left out where no error is known.
@@ -138,8 +140,11 @@ def _limits(report: Report) -> dict[str, tuple[float, str]]:
         if isinstance(limit, (int, float)):
             found[name] = float(limit), f"at most {shown(limit, unit, exact=True)}"
     latency = report.job.get("latency")
+    wanted = None
     if latency is not None:
-        wanted = amount_of(latency, "latency")
+        with suppress(JobError):  # a report may be of a tool that says it in words of its own
+            wanted = amount_of(latency, "latency")
+    if wanted is not None:
         whole = report.teacher.latency_ms.median if report.teacher and report.teacher.latency_ms else None
         if not wanted.unit:
             found["latency"] = 100 * wanted.number, f"at most {100 * wanted.number:g} %"

@@ -56,6 +56,7 @@ def test_a_sweep_prints_its_points_and_names_its_files(done: tuple[Path, Any]) -
     rows = [line.split() for line in ended.out.splitlines() if "keep" in line and "of 2" in line]
     assert [row[row.index("keep") : row.index("keep") + 2] for row in rows] == [["keep", "60%"], ["keep", "80%"]]
     assert all(row[0] == "★" for row in rows) and "Teacher: 99.56 % accuracy" in ended.out
+    assert "4 trials taken" in ended.out
     for name in ("report.html", "sweep.csv", "sweep.md", "sweep.json"):
         assert (folder / "out" / name).stat().st_size > 300 and name in ended.out
     told = [line.split(":")[0] for line in ended.err.splitlines()]
@@ -125,6 +126,14 @@ def test_the_folder_is_named_after_the_file(here: Path, monkeypatch: pytest.Monk
     ended = call("sweep", "mine.toml")
     assert ended.code == 7 and (here / "mine.sweep" / "report.html").is_file()
     assert "FAILED  4 trials: 4 failed" in ended.out and "target out of reach" in ended.out
+
+
+def test_one_trial_is_told_as_one(done: tuple[Path, Any]) -> None:
+    folder, _ = done
+    more = (folder / "tiny.toml").read_text().replace("seeds = [0, 1]", "seeds = [0]").replace('"60%"', '"70%"')
+    (folder / "one.toml").write_text(more)
+    ended = call("sweep", folder / "one.toml", "-o", folder / "out")
+    assert "1 trial taken" in ended.out
 
 
 def test_a_sweep_none_of_which_passes_ends_with_3(done: tuple[Path, Any]) -> None:
