@@ -82,7 +82,7 @@ def test_a_name_takes_the_width_that_is_there_and_no_cell_is_wrapped(width: int)
     console = Console(file=io.StringIO(), width=width, highlight=False)
     facts = {"threads": 1, "runs": 9, "inputs": "random numbers", "device": "cpu"}
 
-    benching._show(console, found, facts, {}, quiet=True)
+    benching._show(console, found, facts, {}, "", quiet=True)
 
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 3 and all(len(line) <= width for line in lines)
